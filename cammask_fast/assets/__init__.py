@@ -1,0 +1,1 @@
+"""The shipped tiny CLIP: weights and their provenance."""

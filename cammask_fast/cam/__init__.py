@@ -1,0 +1,48 @@
+"""Class activation maps of a CLIP classifier from the taps of one forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cammask_fast.kernels.reference import cls_relevance
+from cammask_fast.model.vit import Taps
+
+__all__ = ["class_score", "grad_cam", "mm_cam"]
+
+
+def class_score(logits: Tensor, labels: Tensor) -> Tensor:
+    """The scalar that both CAMs differentiate: the sum over the batch of each image's logit at its label."""
+    return logits.gather(1, labels[:, None]).sum()
+
+
+def mm_cam(logits: Tensor, labels: Tensor, taps: Taps, *, start_layer: int = 0) -> Tensor:
+    """MM-CAM: the CLS row of the relevance rollout over the patches, (N, P), not normalised.
+
+    logits: (N, K) from the forward that filled `taps`; its graph is kept, and no weight gradient is computed. labels: int64
+    (N,). start_layer: first layer of the rollout (0: all, the paper's). One layer's L x L probabilities live at a time.
+    """
+    outputs = taps.outputs[start_layer:]
+    if not outputs:
+        raise ValueError(f"cam_start_layer: expected 0..{len(taps.outputs) - 1}, got {start_layer}")
+    gradients = torch.autograd.grad(class_score(logits, labels), outputs, retain_graph=True)
+    with torch.no_grad():
+        keys = taps.keys[-1]
+        relevance = torch.zeros(keys.shape[0], keys.shape[2], dtype=keys.dtype, device=keys.device)
+        relevance[:, 0] = 1.0
+        for layer in reversed(range(start_layer, len(taps.outputs))):
+            q, k, v = taps.queries[layer], taps.keys[layer], taps.values[layer]
+            relevance = cls_relevance(relevance, q, k, v, gradients[layer - start_layer])
+    return relevance[:, 1:]
+
+
+def grad_cam(logits: Tensor, labels: Tensor, taps: Taps) -> Tensor:
+    """Grad-CAM at ln_1 of the last block: relu(sum_channels(a * sum_tokens g)) over the patches, (N, P), not normalised.
+
+    The sum over tokens includes CLS. Can be zero everywhere.
+    """
+    assert taps.last_ln_1 is not None
+    (gradient,) = torch.autograd.grad(class_score(logits, labels), taps.last_ln_1, retain_graph=True)
+    with torch.no_grad():
+        weights = gradient.sum(1, keepdim=True)  # (N, 1, D)
+        return torch.relu((taps.last_ln_1 * weights).sum(-1))[:, 1:]

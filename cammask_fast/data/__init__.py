@@ -1,0 +1,1 @@
+"""One Batch from every source: the embedded benchmark and image folders."""

@@ -1,0 +1,7 @@
+"""Masking strategies: names, random draws, and the counterfactual batch."""
+
+from cammask_fast.masking.counterfactual import Counterfactual, counterfactual
+from cammask_fast.masking.draws import Draws, draw_masking
+from cammask_fast.masking.strategy import Strategy, parse_strategy
+
+__all__ = ["Counterfactual", "Draws", "Strategy", "counterfactual", "draw_masking", "parse_strategy"]

@@ -1,0 +1,89 @@
+"""A masking strategy: which patches (object, context, random; by threshold or top-k) and what fills them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+SELECTIONS = {"Obj": "object", "Ctx": "context", "Rand": "random"}
+FILLS = {"No": "none", "Single": "single", "Multi": "multi"}
+_NAME = re.compile(r"(Obj|Ctx|Rand)Mask(No|Single|Multi)Fill\((?:(top)=)?([0-9.eE+-]+)(%?)\)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """Selection x fill. Exactly one of threshold (also the random mask's p), top_k and top_share is given."""
+
+    selection: str
+    """`object`, `context` or `random`."""
+    fill: str
+    """`none` (patches removed), `single` (one donor image) or `multi` (a donor per patch)."""
+    threshold: float | None = None
+    """Threshold on the normalised relevance, in [0, 1]; for `random` the masked share p."""
+    top_k: int | None = None
+    """Number of patches that count as the object."""
+    top_share: float | None = None
+    """The same as a share of the patches, rounded down."""
+    upsample: str = "nearest"
+    """`nearest`, or `bilinear`: the relevance is interpolated to pixels before the comparison (threshold and a fill only)."""
+
+    def __post_init__(self) -> None:
+        if self.selection not in SELECTIONS.values() or self.fill not in FILLS.values():
+            raise ValueError(f"unknown strategy {self.selection} x {self.fill}; {known_strategies()}")
+        if sum(x is not None for x in (self.threshold, self.top_k, self.top_share)) != 1:
+            raise ValueError("a strategy needs exactly one of a threshold, top_k and top_share")
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"threshold: expected a value in [0, 1], got {self.threshold}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"k: expected 1..P patches, got {self.top_k}")
+        if self.top_share is not None and not 0.0 < self.top_share <= 1.0:
+            raise ValueError(f"top: expected a share in (0 %, 100 %], got {self.top_share:.0%}")
+        if self.selection == "random" and self.threshold is None:
+            raise ValueError("a random mask takes its share p, not top-k: write RandMaskSingleFill(0.5)")
+        if self.upsample not in ("nearest", "bilinear"):
+            raise ValueError(f"upsample: expected nearest or bilinear, got {self.upsample!r}")
+        if self.upsample == "bilinear" and (self.threshold is None or self.fill == "none" or self.selection == "random"):
+            raise ValueError("bilinear up-sampling needs an object or context threshold and a fill; use nearest here")
+
+    @property
+    def needs_cam(self) -> bool:
+        return self.selection != "random"
+
+    def k(self, patches: int) -> int:
+        """The number of object patches of a top-k strategy. Raises ValueError outside 1..patches."""
+        k = self.top_k if self.top_k is not None else int(patches * (self.top_share or 0.0))
+        if not 1 <= k <= patches:
+            raise ValueError(f"k: expected 1..{patches} patches on this model's grid, got {k}")
+        return k
+
+    def keep_count(self, patches: int) -> int:
+        """Patches that a random no-fill keeps: int(P * (1 - p)). Raises ValueError when none is left."""
+        assert self.threshold is not None
+        return int(patches * (1 - self.threshold))
+
+
+def known_strategies() -> str:
+    return "known: {Obj,Ctx,Rand}Mask{No,Single,Multi}Fill(VALUE), VALUE in [0, 1], or top=K or top=50% for Obj and Ctx"
+
+
+def parse_strategy(name: str, *, upsample: str = "nearest") -> Strategy:
+    """The authors' spelling, `ObjMaskSingleFill(0.3)`, or ours for top-k, `ObjMaskNoFill(top=98)`, `…(top=50%)`.
+
+    Raises ValueError with the list of known strategies.
+    """
+    match = _NAME.fullmatch(name.replace(" ", ""))
+    if match is None:
+        raise ValueError(f"unknown masking strategy {name!r}; {known_strategies()}")
+    selection, fill, top, value, percent = match.groups()
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{name!r}: {value!r} is not a number; {known_strategies()}") from None
+    chosen = {"selection": SELECTIONS[selection], "fill": FILLS[fill], "upsample": upsample}
+    if top and percent:
+        return Strategy(**chosen, top_share=number / 100)
+    if percent or (top and number != int(number)):
+        raise ValueError(f"{name!r}: write a whole number of patches or top=50%; {known_strategies()}")
+    if top:
+        return Strategy(**chosen, top_k=int(number))
+    return Strategy(**chosen, threshold=number)

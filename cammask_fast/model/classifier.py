@@ -1,0 +1,60 @@
+"""Image tower plus linear head: the thing that is fine-tuned, and the frozen teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cammask_fast.model.vit import Taps, VisionTransformer
+
+
+class Prediction(NamedTuple):
+    """features: (N, E), before normalisation. logits: (N, K)."""
+
+    features: Tensor
+    logits: Tensor
+
+
+class Classifier(nn.Module):
+    """logits = normalise(features) @ weight.T + bias.
+
+    weight: (K, E), exp(logit_scale) times the zero-shot text weights at the start; bias: (K,), zero at the start. Both train.
+    """
+
+    def __init__(self, visual: VisionTransformer, weight: Tensor):
+        super().__init__()
+        if weight.ndim != 2 or weight.shape[1] != visual.config.output_dim:
+            raise ValueError(f"weight: expected (K, {visual.config.output_dim}), got {tuple(weight.shape)}")
+        self.visual = visual
+        self.head = nn.Linear(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            self.head.weight.copy_(weight)
+            self.head.bias.zero_()
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        kept_patches: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        taps: Taps | None = None,
+    ) -> Prediction:
+        """images: (N, 3, H, W), normalised; the options are those of VisionTransformer.forward."""
+        features = self.visual(images, kept_patches=kept_patches, key_mask=key_mask, taps=taps)
+        return Prediction(features, self.head(F.normalize(features, dim=-1)))
+
+    def frozen_copy(self) -> Classifier:
+        """A teacher: the same weights, no gradients, evaluation mode."""
+        return copy.deepcopy(self).requires_grad_(False).eval()
+
+
+def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """(1 - alpha) * start + alpha * end over all parameters, head included (WiSE-FT). Raises ValueError on other keys."""
+    if start.keys() != end.keys():
+        raise ValueError("the two state dicts hold different parameters: they are not of one architecture")
+    return {name: torch.lerp(start[name], end[name], alpha) for name in start}

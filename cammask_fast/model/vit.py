@@ -1,0 +1,206 @@
+"""CLIP's image tower with open_clip's parameter names (`visual.*` without the prefix), and the taps that a CAM needs.
+
+The forward is a pure function of (parameters, images, token selection): no hooks, no state, so that
+`torch.func.functional_call` and torch.compile see all of it. In the last block only the CLS token's query, projection and
+MLP are computed (only the CLS output is read), which leaves features and gradients exactly as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = ("quick_gelu", "gelu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Shape of a CLIP image tower. Lengths are in pixels (image, patch) or channels (width, output)."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    output_dim: int
+    activation: str = "quick_gelu"
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch size {self.patch_size} does not divide the image size {self.image_size}")
+        if self.width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide the width {self.width}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+
+    @property
+    def grid(self) -> int:
+        """Patches per side, G."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """P = G * G."""
+        return self.grid**2
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ViTConfig:
+        known = set(cls.__dataclass_fields__)
+        if set(values) - known:
+            raise ValueError(f"unknown fields in a ViT configuration: {', '.join(sorted(set(values) - known))}")
+        return cls(**values)
+
+
+@dataclass
+class Taps:
+    """What a CAM reads from one forward; each list goes from the first layer to the last.
+
+    queries: (N, A, L, d) per layer, in the last layer (N, A, 1, d): the CLS query alone. keys, values: (N, A, L, d).
+    outputs: the attention outputs before out_proj, shaped like the queries; MM-CAM takes gradients at them.
+    last_ln_1: (N, L, D), ln_1 of the last block; Grad-CAM takes the gradient at it.
+    """
+
+    queries: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    last_ln_1: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention under the parameter names of nn.MultiheadAttention."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, L, D) -> (N, A, L, d)
+
+    def forward(self, x: Tensor, *, key_mask: Tensor | None, cls_only: bool, taps: Taps | None) -> Tensor:
+        """x: (N, L, D). Returns (N, L, D), or (N, 1, D) with `cls_only`."""
+        if cls_only:
+            width = x.shape[-1]
+            weights, biases = self.in_proj_weight.split([width, 2 * width]), self.in_proj_bias.split([width, 2 * width])
+            q = F.linear(x[:, :1], weights[0], biases[0])
+            k, v = F.linear(x, weights[1], biases[1]).chunk(2, dim=-1)
+        else:
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_mask is None else ~key_mask[:, None, None, :])
+        if taps is not None:
+            taps.queries.append(q)
+            taps.keys.append(k)
+            taps.values.append(v)
+            taps.outputs.append(out)
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: str):
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)
+        x = x * torch.sigmoid(1.702 * x) if self.activation == "quick_gelu" else F.gelu(x)
+        return self.c_proj(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config.width, config.heads)
+        self.ln_2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config.width, round(config.width * config.mlp_ratio), config.activation)
+
+    def forward(self, x: Tensor, *, key_mask: Tensor | None, cls_only: bool, taps: Taps | None) -> Tensor:
+        normed = self.ln_1(x)
+        if cls_only and taps is not None:
+            taps.last_ln_1 = normed
+        x = (x[:, :1] if cls_only else x) + self.attn(normed, key_mask=key_mask, cls_only=cls_only, taps=taps)
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.resblocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
+
+
+class VisionTransformer(nn.Module):
+    """CLIP ViT: normalised images to features (N, E) before normalisation, features = ln_post(x_CLS) @ proj.
+
+    Initialisation follows CLIP inside the blocks (scaled by width and depth); positional embeddings start with std 0.5, which
+    lets small models trained from scratch find shapes in a fifth of the steps.
+    """
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        scale = config.width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(config.width))
+        self.positional_embedding = nn.Parameter(0.5 * torch.randn(config.patches + 1, config.width))
+        self.proj = nn.Parameter(scale * torch.randn(config.width, config.output_dim))
+        self.conv1 = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        self.ln_pre = nn.LayerNorm(config.width)
+        self.transformer = Transformer(config)
+        self.ln_post = nn.LayerNorm(config.width)
+        residual_std = scale * (2 * config.layers) ** -0.5
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=scale)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+            nn.init.zeros_(block.attn.out_proj.bias)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * config.width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        kept_patches: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """Features of a batch.
+
+        images: (N, 3, H, W), normalised with CLIP's mean and std. kept_patches: int64 (N, n_keep), patch indices (row-major,
+        without CLS) of the tokens to keep; the others are dropped after the positional embedding and ln_pre. key_mask: bool
+        (N, P), True = no query may attend to that patch, in every block. taps: filled in place with what a CAM needs.
+        Returns (N, E), not normalised. Raises ValueError on another image size or a mask of the wrong shape.
+        """
+        size, patches = self.config.image_size, self.config.patches
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images: expected (N, 3, {size}, {size}), got {tuple(images.shape)}")
+        if key_mask is not None and key_mask.shape != (len(images), patches):
+            raise ValueError(f"key_mask: expected ({len(images)}, {patches}), got {tuple(key_mask.shape)}")
+        if kept_patches is not None and key_mask is not None:
+            raise ValueError("kept_patches and key_mask: give one of the two")
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # (N, P, D)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
+        x = self.ln_pre(x)  # (N, L, D)
+        if kept_patches is not None:
+            kept_tokens = F.pad(kept_patches + 1, (1, 0))  # CLS first
+            x = x.gather(1, kept_tokens[..., None].expand(-1, -1, x.shape[-1]))
+        if key_mask is not None:
+            key_mask = F.pad(key_mask, (1, 0))  # CLS is never masked
+        last = len(self.transformer.resblocks) - 1
+        for layer, block in enumerate(self.transformer.resblocks):
+            x = block(x, key_mask=key_mask, cls_only=layer == last, taps=taps)
+        return self.ln_post(x[:, 0]) @ self.proj  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped

@@ -1,0 +1,85 @@
+"""The training loop of every method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from cammask_fast.config import TrainConfig
+from cammask_fast.data.batch import Batch, Loader
+from cammask_fast.evaluate import accuracy
+from cammask_fast.model.classifier import Classifier, interpolate
+from cammask_fast.state import TrainState
+from cammask_fast.step import build_step, build_strategy, draw_for_step
+
+Progress = Callable[[str, int, int, float], None]
+"""Called as (phase, images done, images in total, mean loss since the last call)."""
+
+
+class NonFiniteLoss(ValueError):
+    """The loss became NaN or infinite."""
+
+
+def fine_tune(
+    pretrained: Classifier,
+    train: Loader,
+    validation: Loader | None,
+    config: TrainConfig,
+    *,
+    progress: Progress | None = None,
+    log_every: int = 10,
+) -> Classifier:
+    """Fine-tune a copy of `pretrained` and return the checkpoint with the best validation accuracy.
+
+    `pretrained` is also the teacher. Without a validation loader, and for WiSE-FT, the last checkpoint counts. The loader's
+    batches are optimiser steps; `config.accumulate` cuts them into micro-batches. Raises ValueError on settings that
+    cannot work and NonFiniteLoss with the step number.
+    """
+    if config.resolved.trained == "head":
+        config = replace(config, optim=replace(config.optim, weight_decay=0.0))
+    device = pretrained.head.weight.device
+    teacher, strategy = pretrained.frozen_copy(), build_strategy(config)
+    patches, total = teacher.visual.config.patches, config.epochs * len(train) * config.batch_size
+    student = teacher.frozen_copy().train()
+    state = TrainState.create(student, config, steps_per_epoch=len(train))
+    step = build_step(student, teacher, config)
+    running = torch.zeros((), device=device)
+    for epoch in range(config.epochs):
+        train.set_epoch(epoch)
+        for batch in train:
+            state.optimizer.zero_grad(set_to_none=True)
+            for part in zip(*(tensor.chunk(config.accumulate) for tensor in batch.to(device)), strict=True):
+                micro = Batch(*part)
+                draws = draw_for_step(strategy, micro, patches, state.generator)
+                running += step(micro, draws, scale=1 / config.accumulate).total / config.accumulate
+            clip_grad_norm_((p for p in student.parameters() if p.requires_grad), config.optim.clip_norm)
+            state.optimizer.step()
+            state.schedule.step()
+            state.step += 1
+            if state.step % log_every == 0:
+                _report(progress, "train", state.step, config.batch_size, total, running.item() / log_every)
+                running.zero_()
+        if validation is not None or epoch + 1 == config.epochs:
+            score = math.nan if validation is None else accuracy(student.eval(), validation, device=device)
+            state.keep_if_best(score, take_last=validation is None or config.resolved.interpolate)
+            student.train()
+    if not math.isfinite(running.item()):
+        _report(progress, "train", state.step, config.batch_size, total, running.item())
+    student.load_state_dict(state.best_weights)
+    if config.resolved.interpolate:
+        student.load_state_dict(interpolate(teacher.state_dict(), student.state_dict(), config.alpha))
+    return student.requires_grad_(True).eval()
+
+
+def _report(progress: Progress | None, phase: str, step: int, batch_size: int, total: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(
+            f"the loss is {loss} at step {step} or shortly before: try a lower learning rate (--lr), a longer warm-up or "
+            "--precision fp32, and check the images"
+        )
+    if progress is not None:
+        progress(phase, step * batch_size, total, loss)

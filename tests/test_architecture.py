@@ -1,0 +1,77 @@
+"""The rules of the house: imports point to earlier stages only, and one place does each special thing."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = (
+    "config", "metrics", "distributed", "assets", "recipes", "kernels", "data", "model", "cam", "masking", "losses", "optim",
+    "state", "step", "checkpoint", "evaluate", "wise_ft", "train", "pretrain", "pictures", "photographs", "report", "demo", "cli", "__main__",
+)  # fmt: skip
+
+
+def python_files(folder: str) -> list[Path]:
+    return [p for p in sorted((ROOT / folder).rglob("*.py")) if "kernels" not in p.relative_to(ROOT / folder).parts[:1]]
+
+
+def imports(source: str, module: str) -> Iterator[str]:
+    """Absolute names of everything that a module imports; `module` resolves relative imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            yield ".".join([*base, *([node.module] if node.module else [])])
+
+
+def stage(module: str) -> str:
+    return module.split(".")[1]
+
+
+def violations(source: str, module: str) -> list[str]:
+    """Imports of `module` that point to a later stage of cammask_fast."""
+    ours = [name for name in imports(source, module) if name.startswith("cammask_fast.")]
+    return [name for name in ours if STAGES.index(stage(name)) > STAGES.index(stage(module))]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", python_files("cammask_fast"), ids=module_name)
+def test_imports_point_to_earlier_stages(path: Path) -> None:
+    module = module_name(path)
+    if module != "cammask_fast":
+        assert violations(path.read_text(), module) == []
+
+
+def test_a_wrong_import_is_caught() -> None:
+    assert violations("from cammask_fast.train import fine_tune", "cammask_fast.model.vit") == ["cammask_fast.train"]
+    assert violations("from cammask_fast.model.vit import Taps", "cammask_fast.train") == []
+
+
+def test_kernels_import_only_torch_triton_and_themselves() -> None:
+    allowed = {"__future__", "torch", "triton", "typing", "collections", "math", "kernels"}
+    for path in (ROOT / "kernels").rglob("*.py"):
+        module = module_name(path) + (".__init__" if path.name == "__init__.py" else "")
+        assert {name.split(".")[0] for name in imports(path.read_text(), module)} <= allowed, path
+
+
+@pytest.mark.parametrize(
+    ("needle", "owner"), [("torch.compile(", "step.py"), ("torch.distributed", "distributed.py"), ("os.environ", "")]
+)
+def test_special_things_live_in_one_place(needle: str, owner: str) -> None:
+    users = {p.name for p in python_files("cammask_fast") if needle in p.read_text()}
+    assert users <= {owner}
+
+
+def test_the_training_loop_reads_on_one_screen() -> None:
+    tree = ast.parse((ROOT / "cammask_fast/train.py").read_text())
+    loop = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "fine_tune")
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno + 1 <= 60
