@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -20,7 +21,15 @@ Progress = Callable[[str, int, int, float], None]
 """Called as (phase, images done, images in total, mean loss since the last call)."""
 
 
-class NonFiniteLoss(ValueError):
+class FineTuned(NamedTuple):
+    """best: the checkpoint with the best validation accuracy (for WiSE-FT: the last one interpolated with the zero-shot
+    weights). last: the checkpoint after the last step."""
+
+    best: Classifier
+    last: Classifier
+
+
+class NonFiniteLoss(ValueError):  # noqa: N818  (reads as what happened)
     """The loss became NaN or infinite."""
 
 
@@ -32,8 +41,8 @@ def fine_tune(
     *,
     progress: Progress | None = None,
     log_every: int = 10,
-) -> Classifier:
-    """Fine-tune a copy of `pretrained` and return the checkpoint with the best validation accuracy.
+) -> FineTuned:
+    """Fine-tune a copy of `pretrained`; return the checkpoint with the best validation accuracy and the last one.
 
     `pretrained` is also the teacher. Without a validation loader, and for WiSE-FT, the last checkpoint counts. The loader's
     batches are optimiser steps; `config.accumulate` cuts them into micro-batches. Raises ValueError on settings that
@@ -69,10 +78,11 @@ def fine_tune(
             student.train()
     if not math.isfinite(running.item()):
         _report(progress, "train", state.step, config.batch_size, total, running.item())
-    student.load_state_dict(state.best_weights)
+    best = teacher.frozen_copy()
+    best.load_state_dict(state.best_weights)
     if config.resolved.interpolate:
-        student.load_state_dict(interpolate(teacher.state_dict(), student.state_dict(), config.alpha))
-    return student.requires_grad_(True).eval()
+        best.load_state_dict(interpolate(teacher.state_dict(), best.state_dict(), config.alpha))
+    return FineTuned(best.requires_grad_(True), student.requires_grad_(True).eval())
 
 
 def _report(progress: Progress | None, phase: str, step: int, batch_size: int, total: int, loss: float) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
-    "config", "metrics", "distributed", "assets", "recipes", "kernels", "data", "model", "cam", "masking", "losses", "optim",
-    "state", "step", "checkpoint", "evaluate", "wise_ft", "train", "pretrain", "pictures", "photographs", "report", "demo", "cli", "__main__",
+    "config", "metrics", "distributed", "assets", "recipes", "kernels", "data", "model", "cam", "masking",
+    "losses", "optim", "state", "step", "checkpoint", "evaluate", "wise_ft", "train",
+    "pretrain", "pictures", "photographs", "report", "demo", "cli", "__main__",
 )  # fmt: skip
 
 

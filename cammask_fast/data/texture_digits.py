@@ -11,6 +11,7 @@ import hashlib
 import zlib
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ class Scenes:
         return len(self.labels)
 
     def __getitem__(self, chosen: slice | NDArray[np.int64]) -> Scenes:
-        arrays = {f.name: getattr(self, f.name)[chosen] for f in fields(self) if f.name != "noise_seed"}
+        arrays: dict[str, Any] = {f.name: getattr(self, f.name)[chosen] for f in fields(self) if f.name != "noise_seed"}
         return replace(self, **arrays)
 
     def digest(self) -> str:
@@ -115,8 +116,8 @@ class Scenes:
         h = hashlib.sha256()
         for array in (self.labels, self.scans, self.backgrounds, np.round(self.centre_yx * 1000), np.round(self.height * 1000)):
             h.update(array.astype("<i8").tobytes())
-        for array in (self.mirrored, self.outlined, self.sketched, self.corrupted):
-            h.update(array.astype(np.uint8).tobytes())
+        for flags in (self.mirrored, self.outlined, self.sketched, self.corrupted):
+            h.update(flags.astype(np.uint8).tobytes())
         return h.hexdigest()
 
 
@@ -187,7 +188,7 @@ def draw(split: Split) -> Scenes:
         centre_yx=IMAGE_SIZE / 2 + (u[:, 7:9] - 0.5) * slack[:, None],
         angle=np.deg2rad(15.0) * (2 * u[:, 9] - 1),
         colour=_bright_colours(u[:, 10:13]),
-        opacity=np.where(outlined, 0.55 + 0.3 * u[:, 13], 0.85 + 0.15 * u[:, 13]),
+        opacity=np.where(outlined, 0.75 + 0.25 * u[:, 13], 0.85 + 0.15 * u[:, 13]),
         outlined=outlined,
         sketched=u[:, 14] < split.sketched,
         corrupted=np.full(count, split.corrupted),
@@ -254,7 +255,7 @@ def _compose(scenes: Scenes) -> Tensor:
     ring = grown - 0.9 * (1 - F.max_pool2d(1 - stroke, 3, 1, 1))
     outlined, sketched = _column(scenes.outlined, torch.bool), _column(scenes.sketched, torch.bool)
     ink = torch.where(outlined, ring, stroke) * _column(scenes.opacity)
-    halo = F.avg_pool2d(F.max_pool2d(grown, 3, 1, 1), 3, 1, 1) * torch.where(outlined, 0.15, 0.6)
+    halo = F.avg_pool2d(F.max_pool2d(grown, 3, 1, 1), 3, 1, 1) * torch.where(outlined, 0.4, 0.6)
     background = _background_crops(scenes)
     pixels = torch.lerp(background * (1 - halo), _column(scenes.colour), ink)
     if scenes.sketched.any():

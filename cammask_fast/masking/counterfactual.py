@@ -38,10 +38,12 @@ def counterfactual(
         return Counterfactual(images, None, kept_patches=draws.kept_patches)
     kept = None
     if strategy.selection == "random":
-        assert draws.uniform is not None and strategy.threshold is not None
+        assert draws.uniform is not None
+        assert strategy.threshold is not None
         mask = draws.uniform < strategy.threshold
     elif strategy.upsample == "bilinear":
-        assert relevance_NP is not None and strategy.threshold is not None
+        assert relevance_NP is not None
+        assert strategy.threshold is not None
         pixels = upsample_bilinear(normalise_relevance(relevance_NP), grid=grid, patch_size=images.shape[2] // grid)
         mask = (pixels > strategy.threshold) ^ (strategy.selection == "context")
     else:

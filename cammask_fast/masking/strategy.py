@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 SELECTIONS = {"Obj": "object", "Ctx": "context", "Rand": "random"}
 FILLS = {"No": "none", "Single": "single", "Multi": "multi"}
@@ -79,11 +80,11 @@ def parse_strategy(name: str, *, upsample: str = "nearest") -> Strategy:
         number = float(value)
     except ValueError:
         raise ValueError(f"{name!r}: {value!r} is not a number; {known_strategies()}") from None
-    chosen = {"selection": SELECTIONS[selection], "fill": FILLS[fill], "upsample": upsample}
+    chosen = partial(Strategy, selection=SELECTIONS[selection], fill=FILLS[fill], upsample=upsample)
     if top and percent:
-        return Strategy(**chosen, top_share=number / 100)
+        return chosen(top_share=number / 100)
     if percent or (top and number != int(number)):
         raise ValueError(f"{name!r}: write a whole number of patches or top=50%; {known_strategies()}")
     if top:
-        return Strategy(**chosen, top_k=int(number))
-    return Strategy(**chosen, threshold=number)
+        return chosen(top_k=int(number))
+    return chosen(threshold=number)

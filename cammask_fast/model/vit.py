@@ -104,7 +104,7 @@ class Attention(nn.Module):
             taps.keys.append(k)
             taps.values.append(v)
             taps.outputs.append(out)
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -117,7 +117,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
         x = x * torch.sigmoid(1.702 * x) if self.activation == "quick_gelu" else F.gelu(x)
-        return self.c_proj(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
@@ -129,13 +129,19 @@ class Block(nn.Module):
         self.attn = Attention(config.width, config.heads)
         self.ln_2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config.width, round(config.width * config.mlp_ratio), config.activation)
+        residual_std = (2 * config.width * config.layers) ** -0.5
+        nn.init.normal_(self.attn.in_proj_weight, std=config.width**-0.5)
+        nn.init.normal_(self.attn.out_proj.weight, std=residual_std)
+        nn.init.zeros_(self.attn.out_proj.bias)
+        nn.init.normal_(self.mlp.c_fc.weight, std=(2 * config.width) ** -0.5)
+        nn.init.normal_(self.mlp.c_proj.weight, std=residual_std)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None, cls_only: bool, taps: Taps | None) -> Tensor:
         normed = self.ln_1(x)
         if cls_only and taps is not None:
             taps.last_ln_1 = normed
         x = (x[:, :1] if cls_only else x) + self.attn(normed, key_mask=key_mask, cls_only=cls_only, taps=taps)
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -162,13 +168,6 @@ class VisionTransformer(nn.Module):
         self.ln_pre = nn.LayerNorm(config.width)
         self.transformer = Transformer(config)
         self.ln_post = nn.LayerNorm(config.width)
-        residual_std = scale * (2 * config.layers) ** -0.5
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=scale)
-            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
-            nn.init.zeros_(block.attn.out_proj.bias)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * config.width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def forward(
         self,
@@ -203,4 +202,4 @@ class VisionTransformer(nn.Module):
         last = len(self.transformer.resblocks) - 1
         for layer, block in enumerate(self.transformer.resblocks):
             x = block(x, key_mask=key_mask, cls_only=layer == last, taps=taps)
-        return self.ln_post(x[:, 0]) @ self.proj  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        return self.ln_post(x[:, 0]) @ self.proj

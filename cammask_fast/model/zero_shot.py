@@ -23,7 +23,7 @@ TINY_WEIGHTS = "tiny_clip.safetensors"
 
 @torch.no_grad()
 def zero_shot_weights(
-    clip: torch.nn.Module, tokenize: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
+    clip: CLIP, tokenize: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
     """Head weights (K, E), exp(logit_scale) included.
 

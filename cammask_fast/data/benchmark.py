@@ -1,0 +1,70 @@
+"""The embedded benchmark's splits at the difficulty that ships: one look, correlation and amount of data for all methods."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cammask_fast.data.batch import ArrayLoader
+from cammask_fast.data.texture_digits import Scenes, Split, draw, render
+
+TRAIN_IMAGES = 1500
+VALIDATION_IMAGES = 500
+TEST_IMAGES = 2000
+CORRELATION = 0.95
+"""Probability that a downstream digit stands on its group's background."""
+OUTLINED = 0.5
+"""Share of downstream digits drawn as half-transparent outlines, which are rare (4 %) on the web."""
+OOD_SETS = ("flipped", "unseen", "sketch", "corrupted")
+EVALUATION_BATCH = 500
+
+
+def training_splits(seed: int, *, batch_size: int) -> tuple[ArrayLoader, ArrayLoader]:
+    """Training images of a seed (shuffled) and in-distribution validation images, with disjoint digit scans."""
+    train = Split(
+        name="train", images=TRAIN_IMAGES, seed=seed, scans="train", placement="grouped",
+        correlation=CORRELATION, outlined=OUTLINED,
+    )  # fmt: skip
+    validation = Split(
+        name="validation", images=VALIDATION_IMAGES, seed=seed, scans="val", placement="grouped",
+        correlation=CORRELATION, outlined=OUTLINED,
+    )  # fmt: skip
+    return _loader(train, batch_size=batch_size, shuffle=True), _loader(validation)
+
+
+def evaluation_specifications(*, scans: str = "test", seed: int = 1) -> dict[str, Split]:
+    """The ID test set and the four shifts. `scans="val"` with another seed gives the sets on which choices are made."""
+
+    def split(name: str, placement: str, correlation: float = 1.0, **style: float | bool) -> Split:
+        return Split(
+            name=f"{scans}-{name}", images=TEST_IMAGES, seed=seed, scans=scans, placement=placement, correlation=correlation,
+            outlined=float(style.get("outlined", OUTLINED)), sketched=float(style.get("sketched", 0.0)),
+            corrupted=bool(style.get("corrupted", False)),
+        )  # fmt: skip
+
+    return {
+        "id": split("id", "grouped", CORRELATION),
+        "flipped": split("flipped", "flipped"),
+        "unseen": split("unseen", "unseen"),
+        "sketch": split("sketch", "any", outlined=0.0, sketched=1.0),
+        "corrupted": split("corrupted", "grouped", 0.5, corrupted=True),
+    }
+
+
+def evaluation_splits(*, scans: str = "test", seed: int = 1) -> dict[str, ArrayLoader]:
+    """Loaders of `evaluation_specifications`, by name, `id` first."""
+    return {name: _loader(split) for name, split in evaluation_specifications(scans=scans, seed=seed).items()}
+
+
+def _loader(split: Split, *, batch_size: int = EVALUATION_BATCH, shuffle: bool = False) -> ArrayLoader:
+    images, labels = rendered(split)
+    return ArrayLoader(images, labels, batch_size=batch_size, shuffle=shuffle, seed=split.seed)
+
+
+@cache
+def rendered(split: Split) -> tuple[Tensor, Tensor]:
+    """Images uint8 (M, 48, 48, 3) and labels int64 (M,) of a split, rendered once per process."""
+    scenes: Scenes = draw(split)
+    return render(scenes), torch.from_numpy(scenes.labels)

@@ -1,0 +1,111 @@
+"""Pictures: contact sheets, the gallery of counterfactuals, the trade-off plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+
+class GalleryRow(NamedTuple):
+    """One image of the gallery: uint8 (H, W, 3); its CAM, float (G, G) in [0, 1]; and for each strategy the mask, bool (G, G),
+    True = masked, and the counterfactual, uint8 (H, W, 3)."""
+
+    title: str
+    image: Tensor
+    cam: Tensor
+    strategies: Mapping[str, tuple[Tensor, Tensor]]
+
+
+def contact_sheet(path: Path, rows: Mapping[str, Tensor], *, zoom: int = 2) -> None:
+    """One row of images per name, the name above it. rows: uint8 (n, H, W, 3) each."""
+    width = max(len(images) * images.shape[2] for images in rows.values()) * zoom
+    figure, axes = plt.subplots(len(rows), 1, figsize=(width / 100, len(rows) * 1.35), layout="constrained", squeeze=False)
+    for axis, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
+        axis.imshow(torch.cat(list(images), dim=1).numpy(), interpolation="nearest")
+        axis.set_title(name, fontsize=9, loc="left", pad=2)
+        axis.axis("off")
+    _save(figure, path)
+
+
+def upscale(values: Tensor, side: int) -> NDArray[Any]:
+    """A (G, G) map to (side, side) by replication."""
+    factor = side // values.shape[0]
+    return np.kron(values.numpy(), np.ones((factor, factor)))
+
+
+def show_cam(axis: Any, image: Tensor, cam: Tensor) -> None:
+    """Image in grey with the relevance in colour, smoothly interpolated."""
+    side = image.shape[0]
+    axis.imshow(image.float().mean(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+    smooth = Image.fromarray(cam.float().numpy()).resize((side, side), Image.Resampling.BICUBIC)
+    relevance = np.clip(np.asarray(smooth), 0, 1)
+    axis.imshow(relevance, cmap="inferno", alpha=0.15 + 0.75 * relevance, vmin=0, vmax=1)
+
+
+def show_masked(axis: Any, image: Tensor, mask: Tensor) -> None:
+    """Image with the masked patches greyed out."""
+    masked = upscale(mask.float(), image.shape[0])[..., None] > 0.5
+    axis.imshow(np.where(masked, 127, image.numpy()))
+
+
+def gallery(path: Path, rows: Sequence[GalleryRow]) -> None:
+    """Per row: image, CAM overlay, then mask and counterfactual of every strategy."""
+    names = list(rows[0].strategies)
+    columns = 2 + 2 * len(names)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.35 * columns, 1.5 * len(rows)), layout="constrained", squeeze=False
+    )
+    for line, row in zip(axes, rows, strict=True):
+        line[0].imshow(row.image.numpy())
+        line[0].set_title(row.title, fontsize=8)
+        show_cam(line[1], row.image, row.cam)
+        for i, name in enumerate(names):
+            mask, filled = row.strategies[name]
+            show_masked(line[2 + 2 * i], row.image, mask)
+            line[3 + 2 * i].imshow(filled.numpy())
+        for axis in line:
+            axis.axis("off")
+    axes[0][1].set_title("CAM", fontsize=8)
+    for i, name in enumerate(names):
+        axes[0][2 + 2 * i].set_title(f"{name}\nmask", fontsize=8)
+        axes[0][3 + 2 * i].set_title("counterfactual", fontsize=8)
+    _save(figure, path)
+
+
+def tradeoff(
+    path: Path,
+    points: Mapping[str, tuple[float, float]],
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+) -> None:
+    """ID against average OOD accuracy (percent): every method a labelled point, every interpolation a curve."""
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    for name, curve in curves.items():
+        axis.plot(*zip(*curve, strict=True), marker=".", linewidth=1, label=name, zorder=1)
+    for name, (x, y) in points.items():
+        marker = "*" if name.startswith("masked") else "o"
+        axis.scatter(x, y, marker=marker, s=110 if marker == "*" else 45, zorder=3, label=name)
+    axis.set_xlabel("ID accuracy, %")
+    axis.set_ylabel("average OOD accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        plt.close(figure)

@@ -1,0 +1,98 @@
+"""The recipe's optimiser and schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cammask_fast.config import METHODS, OptimConfig, TrainConfig, load_recipe, recipe_names
+from cammask_fast.optim import build_optimizer, build_schedule
+
+
+def test_one_cycle_moves_learning_rate_and_beta1_as_in_the_paper() -> None:
+    config = OptimConfig()
+    optimizer = build_optimizer([nn.Parameter(torch.zeros(2))], config)
+    schedule = build_schedule(optimizer, config, total_steps=100)
+    rates, betas = [], []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        betas.append(optimizer.param_groups[0]["betas"][0])
+        optimizer.step()
+        if len(rates) < 100:
+            schedule.step()
+    assert rates[0] == pytest.approx(3e-5 / 25)
+    assert max(rates) == rates[1] == pytest.approx(3e-5)
+    assert rates[-1] == pytest.approx(3e-5 / 25 / 1e4)
+    assert (betas[0], min(betas), betas[-1]) == pytest.approx((0.95, 0.85, 0.95))
+    middle = 3e-5 / 25e4 + (3e-5 - 3e-5 / 25e4) * (1 + math.cos(math.pi * 49 / 98)) / 2
+    assert rates[50] == pytest.approx(middle)
+
+
+def test_adamw_decays_every_trained_parameter_and_no_other() -> None:
+    trained, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)
+    optimizer = build_optimizer([trained, frozen], OptimConfig(lr=0.1, weight_decay=0.5))
+    trained.grad = torch.zeros(2)
+    optimizer.step()
+    assert torch.allclose(trained.detach(), torch.full((2,), 1 - 0.1 * 0.5))
+    assert torch.equal(frozen, torch.ones(2))
+
+
+def test_defaults_are_the_papers_recipe() -> None:
+    config = TrainConfig()
+    assert (config.epochs, config.batch_size, config.w_task, config.w_distill, config.kd_temperature) == (10, 512, 1, 30, 10)
+    optim = config.optim
+    assert (optim.lr, optim.weight_decay, optim.clip_norm, optim.beta2, optim.pct_start) == (3e-5, 0.1, 1.0, 0.999, 0.02)
+
+
+def test_config_round_trips_and_refuses_unknown_keys() -> None:
+    config = TrainConfig(method="ft-fd", masking="CtxMaskMultiFill(0.3)", optim=OptimConfig(lr=1e-3))
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert config.resolved.masking == "CtxMaskMultiFill(0.3)"
+    with pytest.raises(ValueError, match="unknown settings: learning_rate"):
+        TrainConfig.from_dict({"optim": {"learning_rate": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "magic"}, "unknown method 'magic'; known: zeroshot, lp, ft"),
+        ({"cam": "x"}, "known: mm-cam, grad-cam"),
+        ({"epochs": 0}, "epochs: expected a positive"),
+        ({"batch_size": 10, "accumulate": 3}, "does not divide"),
+        ({"alpha": 1.5}, "alpha"),
+        ({"w_distill": float("nan")}, "w_distill"),
+        ({"cam_start_layer": -1}, "cam_start_layer"),
+        ({"optim": {"lr": 0.0}}, "lr: expected a positive"),
+        ({"optim": {"weight_decay": -1.0}}, "weight_decay"),
+        ({"optim": {"pct_start": 1.0}}, "pct_start"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict(settings)
+
+
+def test_masking_a_method_without_distillation_is_refused() -> None:
+    with pytest.raises(ValueError, match="distils nothing"):
+        _ = TrainConfig(method="ft", masking="ObjMaskSingleFill(0.3)").resolved
+
+
+def test_every_recipe_loads() -> None:
+    names = recipe_names()
+    assert {"tiny/ft", "tiny/masked-object", "vit-b32/object-single"} <= set(names)
+    for name in names:
+        recipe = load_recipe(name)
+        config = TrainConfig.from_dict(recipe["train"])
+        assert config.resolved.trained in ("all", "head")
+        assert recipe["arch"]
+    assert {name.removeprefix("tiny/") for name in names if name.startswith("tiny/")} >= set(METHODS) - {"zeroshot"}
+    with pytest.raises(ValueError, match="unknown recipe"):
+        load_recipe("tiny/none")
+
+
+def test_tiny_recipes_share_everything_but_method_and_weight() -> None:
+    tiny = [TrainConfig.from_dict(load_recipe(n)["train"]) for n in recipe_names() if n.startswith("tiny/")]
+    assert len({(c.epochs, c.batch_size, c.optim) for c in tiny}) == 1
