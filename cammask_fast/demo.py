@@ -59,6 +59,7 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CAM_IMAGES = 500
+MAX_WORKERS = 4  # each holds about 0.8 GB
 OBJECT_THRESHOLD = 0.3
 
 
@@ -70,6 +71,10 @@ class Job:
     config: TrainConfig
     curve: bool
     """Evaluate the interpolations with the zero-shot weights too (of the last checkpoint, as WiSE-FT does)."""
+    keep_weights: bool = False
+    """Return the tuned weights too (for the gallery)."""
+    scans: str = "test"
+    """Digit scans of the evaluation sets: `test`, or `val` where settings are chosen."""
 
     @property
     def images(self) -> int:
@@ -87,7 +92,12 @@ def jobs(seeds: Sequence[int], *, full: bool) -> list[Job]:
     curves = {"ft", HEADLINE} if full else {"ft"}
     return sorted(
         (
-            Job(name=name, config=tiny_config(recipe, seed, **changes), curve=name in curves)
+            Job(
+                name=name,
+                config=tiny_config(recipe, seed, **changes),
+                curve=name in curves,
+                keep_weights=name == HEADLINE and seed == seeds[0],
+            )
             for seed in seeds
             for name, (recipe, changes) in wanted.items()
         ),
@@ -124,20 +134,20 @@ def run_job(job: Job) -> dict[str, Any]:
         "seed": job.config.seed,
         "config": job.config.to_dict(),
         "train_seconds": seconds,
-        "accuracy": evaluate_all(trained.best),
+        "accuracy": evaluate_all(trained.best, job.scans),
         "cam": cam_quality(trained.best),
     }
     if job.curve:
-        result["curve"] = [(alpha, scores) for alpha, scores in sweep(pretrained, trained.last, ALPHAS, evaluate_all)]
-    if job.name == HEADLINE and job.config.seed == 0:
+        result["curve"] = sweep(pretrained, trained.last, ALPHAS, lambda model: evaluate_all(model, job.scans))
+    if job.keep_weights:
         result["weights"] = {name: value.numpy() for name, value in trained.best.state_dict().items()}
     result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result
 
 
-def evaluate_all(model: Classifier) -> dict[str, float]:
-    """Accuracy in percent on the ID test set and the four shifts."""
-    return {name: accuracy(model, loader) for name, loader in evaluation_splits().items()}
+def evaluate_all(model: Classifier, scans: str = "test") -> dict[str, float]:
+    """Accuracy in percent on the ID set and the four shifts."""
+    return {name: accuracy(model, loader) for name, loader in evaluation_splits(scans=scans).items()}
 
 
 def _cam_images() -> tuple[Split, Tensor, Tensor]:
@@ -201,17 +211,16 @@ def run_demo(out: Path, *, full: bool = False, seeds: Sequence[int] = (0, 1, 2))
         raise ValueError(f"cannot write to {out}: {error.strerror}") from None
     todo = jobs(seeds, full=full)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    print(f"{len(todo)} training runs of {todo[0].images} images on {min(cores, len(todo))} processes", flush=True)
-    finished = _run_all(todo, workers=min(cores, len(todo)))
+    workers = min(cores, MAX_WORKERS, len(todo))
+    print(f"{len(todo)} training runs of {todo[0].images} images on {workers} processes", flush=True)
+    finished = run_all(todo, workers=workers)
     results = summarise(finished, seeds)
     pretrained = tiny_classifier(CLASS_NAMES)
     results["cam"]["zeroshot"] = [cam_quality(pretrained)] * len(seeds)
-    headline = next(r["weights"] for r in finished if "weights" in r) if 0 in seeds else None
-    if headline is not None:
-        pretrained.load_state_dict({name: torch.from_numpy(value) for name, value in headline.items()})
+    headline = next(r["weights"] for r in finished if "weights" in r)
+    pretrained.load_state_dict({name: torch.from_numpy(value) for name, value in headline.items()})
     gallery(out / "gallery.png", gallery_rows(pretrained))
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    workers = min(cores, len(todo))
     results["peak_rss_mb"] = round(own + workers * max(r["peak_rss_mb"] for r in finished))
     results["seconds"] = round(time.perf_counter() - started, 1)
     results["environment"] = environment(cores)
@@ -220,7 +229,7 @@ def run_demo(out: Path, *, full: bool = False, seeds: Sequence[int] = (0, 1, 2))
     print(write_report(out, results))
 
 
-def _run_all(todo: Sequence[Job], *, workers: int) -> list[dict[str, Any]]:
+def run_all(todo: Sequence[Job], *, workers: int) -> list[dict[str, Any]]:
     """Run the jobs in worker processes of one thread each, with one progress bar over all images."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:

@@ -16,7 +16,7 @@ def accuracy(model: Classifier, loader: Loader, *, device: torch.device | str = 
     count = 0
     for batch in loader:
         batch = batch.to(device)
-        logits = model(normalise(batch.images)).logits
+        logits = model(normalise(batch.images, dtype=model.head.weight.dtype)).logits
         right += (logits.argmax(1) == batch.labels).sum()
         count += len(batch.labels)
     if not count:

@@ -50,8 +50,6 @@ def build_step(student: Classifier, teacher: Classifier | None, config: TrainCon
         raise ValueError(f"method {config.method!r} trains nothing; use `cammask evaluate` or `cammask zeroshot`")
     if strategy is not None and strategy.threshold is None:
         strategy.k(vit.patches)
-    if strategy is not None and strategy.selection == "random" and strategy.fill == "none":
-        strategy.keep_count(vit.patches)
     if config.cam_start_layer >= vit.layers:
         raise ValueError(f"cam_start_layer: expected 0..{vit.layers - 1} for this model, got {config.cam_start_layer}")
 
@@ -67,7 +65,7 @@ def build_step(student: Classifier, teacher: Classifier | None, config: TrainCon
 
     def step(batch: Batch, draws: Draws | None, *, scale: float = 1.0) -> Losses:
         taps = Taps() if strategy is not None and strategy.needs_cam else None
-        clean = normalise(batch.images)
+        clean = normalise(batch.images, dtype=student.head.weight.dtype)
         prediction = student(clean, taps=taps)
         task = F.cross_entropy(prediction.logits, batch.labels)
         if method.distill == "none":
@@ -85,7 +83,7 @@ def build_step(student: Classifier, teacher: Classifier | None, config: TrainCon
         assert draws is not None
         masked = counterfactual(batch.images, cam, strategy, draws, grid=vit.grid)
         del prediction, taps
-        pixels = clean if masked.images is batch.images else normalise(masked.images)
+        pixels = clean if masked.images is batch.images else normalise(masked.images, dtype=clean.dtype)
         with torch.no_grad():
             target = teacher(pixels, kept_patches=masked.kept_patches, key_mask=masked.key_mask)
         ours = student(pixels, kept_patches=masked.kept_patches, key_mask=masked.key_mask)

@@ -58,7 +58,7 @@ class Strategy:
         return k
 
     def keep_count(self, patches: int) -> int:
-        """Patches that a random no-fill keeps: int(P * (1 - p)). Raises ValueError when none is left."""
+        """Patches that a random no-fill keeps: int(P * (1 - p))."""
         assert self.threshold is not None
         return int(patches * (1 - self.threshold))
 

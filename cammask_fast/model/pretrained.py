@@ -126,9 +126,10 @@ def load_pretrained(arch: str, pretrained: str = "") -> PretrainedClip:
         load_exactly(clip, read_weights(path), path)
         return PretrainedClip(clip=clip.eval(), tokenize=tokenizer(), templates=TEMPLATES)
     config = _model_config(arch)
-    clip = _build(config, _vit_config(arch, config))
+    vit = _vit_config(arch, config)
     if not path.is_file():
         path = _download(arch, pretrained, quick_gelu=config.get("quick_gelu", False))
+    clip = _build(config, vit)
     load_exactly(clip, read_weights(path), path)
     templates = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
     return PretrainedClip(clip=clip.eval(), tokenize=open_clip.get_tokenizer(open_clip_name(arch)), templates=templates)

@@ -1,0 +1,1 @@
+"""Measurements: `python -m bench.X`. Not part of the wheel."""

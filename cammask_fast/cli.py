@@ -1,0 +1,374 @@
+"""The command line: `cammask COMMAND`. Every error of the user is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cammask_fast import __version__
+from cammask_fast.config import METHODS, TrainConfig, load_recipe, recipe_names
+
+if TYPE_CHECKING:  # torch and what needs it are imported where they are used: `cammask --help` answers at once
+    from cammask_fast.data.sources import EvaluationSet, TrainingData
+    from cammask_fast.model.classifier import Classifier
+
+TRAIN_OPTIONS = (
+    "method", "masking", "distill", "cam", "cam_start_layer", "upsample", "w_distill", "epochs", "batch_size",
+    "accumulate", "seed", "alpha",
+)  # fmt: skip
+
+Options = dict[str, Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as a ValueError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0, or 2 after an error and 130 after Ctrl-C, with one line on stderr."""
+    try:
+        args = build_parser().parse_args(argv)
+        args.run(vars(args))
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except (ValueError, OSError) as error:
+        return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"cammask: error: {message}", file=sys.stderr)
+    return code
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="cammask", description="Robust fine-tuning of CLIP with counterfactual masked images.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"cammask {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Options], None], text: str, *, inside: Any = commands) -> Parser:
+        sub: Parser = inside.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", run_demo_command, "fine-tune the shipped tiny CLIP with every method and write a report")
+    demo.add_argument("--full", action="store_true", help="all strategies, both CAMs and distillations")
+    demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
+    demo.add_argument("--threads", type=int, help="threads of the main process; every training worker has one")
+    _shared(demo, out=("demo", "folder of the report"), devices=("cpu",))
+
+    train = command("train", run_train, "fine-tune a CLIP on a folder of images or on the embedded benchmark")
+    _data(train)
+    _model(train)
+    _class_text(train)
+    _training(train)
+    _shared(train, out=(None, "folder of best.safetensors, last.safetensors and run.json (default: runs/METHOD-seedSEED)"))
+
+    evaluate = command("evaluate", run_evaluate, "accuracy of a checkpoint on a folder of images or the benchmark's test sets")
+    evaluate.add_argument("--checkpoint", type=Path, required=True)
+    evaluate.add_argument("--arch", help="refuse a checkpoint of any other architecture")
+    _data(evaluate, table=True)
+    _shared(evaluate)
+
+    zeroshot = command("zeroshot", run_zeroshot, "accuracy of a pre-trained CLIP without any training")
+    _data(zeroshot, table=True)
+    _model(zeroshot)
+    _class_text(zeroshot)
+    _shared(zeroshot)
+
+    wise = command("wise-ft", run_wise_ft, "evaluate interpolations between zero-shot and fine-tuned weights")
+    wise.add_argument("--start", type=Path, required=True, help="zero-shot checkpoint: `train --method zeroshot` writes one")
+    wise.add_argument("--end", type=Path, required=True, help="fine-tuned checkpoint: last.safetensors of `train --method ft`")
+    wise.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="ALPHA")
+    _data(wise, table=True)
+    _shared(wise, out=(None, "folder for one checkpoint per alpha, alpha-0.50.safetensors (default: none is written)"))
+
+    mask = command("mask", run_mask, "CAM, masks and counterfactuals of photographs for any text prompt, as a PNG")
+    mask.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    mask.add_argument("--class", dest="prompts", action="append", required=True, metavar="PROMPT", help="repeat for more rows")
+    mask.add_argument("--donors", type=Path, metavar="FOLDER", help="images to fill from (default: the other photographs)")
+    mask.add_argument("--masking", default="", metavar="STRATEGY", help="default: the paper's object and context single-fill")
+    mask.add_argument("--cam", default="mm-cam", help="mm-cam or grad-cam")
+    mask.add_argument("--seed", type=int, default=0)
+    _model(mask)
+    _shared(mask, out=("mask.png", "PNG file"))
+
+    command("recipes", run_recipes, "list the recipes for train --recipe")
+
+    pretrain = command("pretrain", run_pretrain, "pre-train the tiny CLIP on the benchmark's web images")
+    pretrain.add_argument("--images", type=int, help="default: as for the shipped weights")
+    pretrain.add_argument("--epochs", type=int, help="default: as for the shipped weights")
+    pretrain.add_argument("--seed", type=int, default=0)
+    _shared(pretrain, out=("tiny-clip", "folder of tiny_clip.safetensors and tiny_clip.json"), devices=("cpu",))
+
+    actions = commands.add_parser("data", help="look at data").add_subparsers(metavar="ACTION", required=True)
+    preview = command("preview", run_preview, "write a contact sheet of the benchmark or a folder", inside=actions)
+    _data(preview)
+    preview.add_argument("--seed", type=int, default=0, help="seed of the benchmark's training images")
+    preview.add_argument("--out", type=Path, default=Path("preview.png"), help="PNG file (default: %(default)s)")
+    return parser
+
+
+def _data(parser: Parser, *, table: bool = False) -> None:
+    parser.add_argument(
+        "--data", required=True, metavar="FOLDER", help="image folder, or texture-digits: the embedded benchmark"
+    )
+    if table:
+        parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
+        parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _model(parser: Parser) -> None:
+    parser.add_argument("--arch", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14 or an open_clip ViT name (default: tiny)")
+    parser.add_argument("--pretrained", default="", help="tiny, openai, a tag of open_clip, or a state-dict FILE")
+
+
+def _class_text(parser: Parser) -> None:
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help="a name per line (default: the folder names)")
+    parser.add_argument("--templates", type=Path, metavar="FILE", help="a prompt template with {} per line")
+
+
+def _shared(parser: Parser, *, out: tuple[str | None, str] | None = None, devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
+    if out is not None:
+        default, text = out
+        default_text = f" (default: {default})" if default else ""
+        parser.add_argument("--out", type=Path, default=default and Path(default), help=text + default_text)
+    parser.add_argument("--device", choices=devices, help="default: cuda where the command and the machine have it")
+    parser.add_argument("--precision", choices=("fp32",), default="fp32")
+
+
+def _training(parser: Parser) -> None:
+    """Options of `TrainConfig`; those that are not given come from the recipe, else from the paper."""
+    parser.add_argument("--recipe", metavar="NAME", help="`cammask recipes` lists them; other options override it")
+    parser.add_argument("--method", help=", ".join(METHODS))
+    parser.add_argument("--masking", metavar="STRATEGY", help="such as CtxMaskMultiFill(0.3)")
+    parser.add_argument("--distill", help="fd or kd")
+    parser.add_argument("--w-distill", type=float, help="weight of the distillation loss")
+    parser.add_argument("--cam", help="mm-cam or grad-cam")
+    parser.add_argument("--cam-start-layer", type=int, help="first layer of MM-CAM's rollout (0: all)")
+    parser.add_argument("--upsample", help="nearest or bilinear")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--accumulate", type=int, help="micro-batches per optimiser step")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--alpha", type=float, help="WiSE-FT's share of the fine-tuned weights")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--val-share", type=float, default=0.1, help="images held out per class where there is no val/ folder")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
+
+
+def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:
+    """The recipe's `[train]` table under the options that were given."""
+    values = {**recipe, **{name: args[name] for name in TRAIN_OPTIONS if args[name] is not None}}
+    if args["lr"] is not None:
+        values["optim"] = {**values.get("optim", {}), "lr": args["lr"]}
+    return TrainConfig.from_dict(values)
+
+
+def device_of(args: Options) -> str:
+    import torch
+
+    if args["device"] == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    return args["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_demo_command(args: Options) -> None:
+    import torch
+
+    from cammask_fast.demo import run_demo
+
+    if args["threads"] is not None:
+        if args["threads"] < 1:
+            raise ValueError(f"--threads: expected 1 or more, got {args['threads']}")
+        torch.set_num_threads(args["threads"])
+    run_demo(args["out"], full=args["full"], seeds=tuple(args["seeds"]))
+
+
+def run_train(args: Options) -> None:
+    recipe = load_recipe(args["recipe"]) if args["recipe"] else {}
+    config = train_config(args, recipe.get("train", {}))
+    arch = args["arch"] or recipe.get("arch", "tiny")
+    pretrained = args["pretrained"] or ("" if args["arch"] else recipe.get("pretrained", ""))
+    out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
+    if not args["overwrite"] and any((out / name).exists() for name in ("best.safetensors", "run.json")):
+        raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
+
+    from cammask_fast.checkpoint import describe_run
+    from cammask_fast.data.sources import open_training
+    from cammask_fast.evaluate import accuracy
+    from cammask_fast.model.pretrained import vit_config
+    from cammask_fast.step import build_strategy
+
+    build_strategy(config)
+    device, vit = device_of(args), vit_config(arch)
+    trains = config.resolved.trained != "none"
+    data = open_training(
+        args["data"], image_size=vit.image_size, batch_size=config.batch_size if trains else 1, seed=config.seed,
+        val_share=args["val_share"], class_names=args["class_names"], workers=args["workers"],
+    )  # fmt: skip
+    model = zero_shot_model(arch, pretrained, data.class_names, args["templates"], device)
+    started = time.perf_counter()
+    models = train_with_progress(model, data, config) if trains else {"best": model}
+    seconds = time.perf_counter() - started
+    score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
+    run = {
+        **describe_run(config.to_dict(), score, data.class_names),
+        "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device, "class_folders": data.class_folders,
+        "train_images": len(data.train.labels), "seconds": round(seconds, 1), "cammask_fast": __version__,
+    }  # fmt: skip
+    save(out, models, arch, data.class_names, run)
+    (out / "run.json").write_text(json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n", encoding="utf-8")
+    validated = "" if score is None else f"validation accuracy {score:.2f} %, "
+    print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
+
+
+def train_with_progress(model: Classifier, data: TrainingData, config: TrainConfig) -> dict[str, Classifier]:
+    from cammask_fast.metrics import TrainingProgress
+    from cammask_fast.train import fine_tune
+
+    with TrainingProgress(config.epochs * len(data.train) * config.batch_size) as progress:
+        log_every = min(10, len(data.train))
+        return fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every)._asdict()
+
+
+def zero_shot_model(arch: str, pretrained: str, class_names: Sequence[str], templates: Path | None, device: str) -> Classifier:
+    from cammask_fast.data.folder import read_lines
+    from cammask_fast.model.pretrained import load_pretrained
+
+    chosen = () if templates is None else read_lines(templates)
+    return load_pretrained(arch, pretrained).classifier(class_names, chosen).to(device)
+
+
+def save(folder: Path, models: Mapping[str, Classifier], arch: str, class_names: Sequence[str], run: Options) -> None:
+    """Write `folder`/NAME.safetensors for every model."""
+    from cammask_fast.checkpoint import Description, save_classifier
+
+    for name, model in models.items():
+        description = Description(arch=arch, vit=model.visual.config, class_names=tuple(class_names), run=run)
+        save_classifier(folder / f"{name}.safetensors", model, description)
+
+
+def run_evaluate(args: Options) -> None:
+    from cammask_fast.checkpoint import load_classifier
+    from cammask_fast.data.sources import open_evaluation
+    from cammask_fast.model.pretrained import vit_config
+
+    device = device_of(args)
+    expected = vit_config(args["arch"]) if args["arch"] else None
+    model, description = load_classifier(args["checkpoint"], expect_vit=expected)
+    sets = open_evaluation(
+        args["data"], image_size=description.vit.image_size, workers=args["workers"],
+        class_folders=description.run.get("class_folders", description.class_names),
+    )  # fmt: skip
+    print_scores(scores(model.to(device), sets, device), sets, as_json=args["json"])
+
+
+def run_zeroshot(args: Options) -> None:
+    from cammask_fast.data.folder import read_class_names
+    from cammask_fast.data.sources import BENCHMARK, open_evaluation
+    from cammask_fast.model.pretrained import vit_config
+
+    device, arch = device_of(args), args["arch"] or "tiny"
+    sets = open_evaluation(args["data"], image_size=vit_config(arch).image_size, workers=args["workers"])
+    folders = next(iter(sets.values())).class_folders
+    names = folders if args["data"] == BENCHMARK else read_class_names(args["class_names"], folders)
+    model = zero_shot_model(arch, args["pretrained"], names, args["templates"], device)
+    print_scores(scores(model, sets, device), sets, as_json=args["json"])
+
+
+def scores(model: Classifier, sets: Mapping[str, EvaluationSet], device: str) -> dict[str, float]:
+    """Accuracy in percent on every set."""
+    from cammask_fast.evaluate import accuracy
+
+    return {name: accuracy(model, one.loader, device=device) for name, one in sets.items()}
+
+
+def print_scores(accuracies: Mapping[str, float], sets: Mapping[str, EvaluationSet], *, as_json: bool) -> None:
+    rows = [
+        {"data": name, "images": len(one.labels), "classes": len(one.labels.unique()), "accuracy": accuracies[name]}
+        for name, one in sets.items()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    width = max(len("data"), *map(len, sets))
+    print(f"{'data':{width}}  images  classes  accuracy")
+    for row in rows:
+        print(f"{row['data']:{width}}  {row['images']:6}  {row['classes']:7}  {row['accuracy']:6.2f} %")
+
+
+def run_wise_ft(args: Options) -> None:
+    from cammask_fast.checkpoint import load_classifier
+    from cammask_fast.data.sources import open_evaluation
+    from cammask_fast.model.classifier import interpolate
+    from cammask_fast.wise_ft import sweep
+
+    device = device_of(args)
+    start, _ = load_classifier(args["start"])
+    end, description = load_classifier(args["end"], expect_vit=start.visual.config)
+    sets = open_evaluation(
+        args["data"], image_size=description.vit.image_size, workers=args["workers"],
+        class_folders=description.run.get("class_folders", description.class_names),
+    )  # fmt: skip
+
+    curve = sweep(start.to(device), end.to(device), args["alphas"], lambda model: scores(model, sets, device))
+    fine_tuned = {name: value.clone() for name, value in end.state_dict().items()}
+    for alpha in args["alphas"] if args["out"] is not None else ():
+        end.load_state_dict(interpolate(start.state_dict(), fine_tuned, alpha))
+        run = {**description.run, "validation_accuracy": None, "alpha": alpha}
+        save(args["out"], {f"alpha-{alpha:.2f}": end}, description.arch, description.class_names, run)
+    if args["json"]:
+        print(json.dumps([{"alpha": alpha, "accuracy": row} for alpha, row in curve], indent=1))
+        return
+    print("alpha  " + "  ".join(sets))
+    for alpha, row in curve:
+        print(f"{alpha:5.2f}  " + "  ".join(f"{value:{len(name)}.2f}" for name, value in row.items()))
+
+
+def run_mask(args: Options) -> None:
+    from cammask_fast.photographs import mask_photographs
+
+    mask_photographs(
+        args["images"], args["prompts"], out=args["out"], arch=args["arch"] or "tiny", pretrained=args["pretrained"],
+        donors=args["donors"], masking=args["masking"], cam=args["cam"], seed=args["seed"], device=device_of(args),
+    )  # fmt: skip
+    print(f"written to {args['out']}")
+
+
+def run_recipes(_args: Options) -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        config = TrainConfig.from_dict(recipe["train"])
+        strategy = config.resolved.masking
+        print(f"{name:26}  {recipe['arch']:9}  {config.method}" + ("" if strategy == "none" else f"  {strategy}"))
+
+
+def run_pretrain(args: Options) -> None:
+    from cammask_fast.pretrain import PretrainConfig, pretrain, save_pretrained
+
+    given = {name: args[name] for name in ("images", "epochs", "seed") if args[name] is not None}
+    config = PretrainConfig(**given)
+    command = " ".join(["cammask pretrain", *(f"--{name} {value}" for name, value in given.items())])
+    accuracies = save_pretrained(args["out"], pretrain(config, progress=print), config, command=command)
+    print("zero-shot " + ", ".join(f"{name} {value:.1f} %" for name, value in accuracies.items()))
+
+
+def run_preview(args: Options) -> None:
+    from cammask_fast.data.sources import preview_rows
+    from cammask_fast.pictures import contact_sheet
+
+    args["out"].parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(args["out"], preview_rows(args["data"], seed=args["seed"]))
+    print(f"written to {args['out']}")

@@ -1,0 +1,166 @@
+"""`cammask mask`: CAM, masks and counterfactuals of given photographs for any text prompt.
+
+The class score is the prompt's own logit, exp(logit_scale) * cos(image, text), as in training, where the CAM differentiates the
+logit of the true label alone: other prompts do not enter, so one prompt is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cammask_fast.cam import grad_cam, mm_cam
+from cammask_fast.data.folder import decode, images_in
+from cammask_fast.data.texture_digits import BACKGROUNDS, CLASS_NAMES, TEMPLATES
+from cammask_fast.kernels.reference import normalise, normalise_relevance
+from cammask_fast.masking import Draws, Strategy, counterfactual, draw_masking, parse_strategy
+from cammask_fast.model.classifier import Classifier
+from cammask_fast.model.pretrained import load_pretrained
+from cammask_fast.model.tiny_clip import tokenizer
+from cammask_fast.model.vit import Taps
+from cammask_fast.pictures import GalleryRow, show_cam, show_masked
+
+PAPER_STRATEGIES = ("ObjMaskSingleFill(0.3)", "CtxMaskSingleFill(0.5)")
+REMOVED = 255
+MAX_DONORS = 64
+
+
+def mask_photographs(
+    photographs: Sequence[Path],
+    prompts: Sequence[str],
+    *,
+    out: Path,
+    arch: str,
+    pretrained: str,
+    donors: Path | None = None,
+    masking: str = "",
+    cam: str = "mm-cam",
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Write a PNG with a row per photograph and prompt: the image, its CAM, and each strategy's mask and counterfactual.
+
+    masking: one strategy under the paper's name; empty: object and context with the paper's single-fill. donors: a folder with
+    images to fill from; None: the other photographs. Images are resized and cropped as for the model. Raises ValueError on
+    images that cannot be read, prompts that the tiny model never saw, a missing donor, and a CAM that is zero everywhere.
+    """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out: expected a .png file, got {out}")
+    strategies = [parse_strategy(name) for name in ([masking] if masking else PAPER_STRATEGIES)]
+    if arch == "tiny":
+        refuse_unknown_words(prompts)
+    clip = load_pretrained(arch, pretrained)
+    model = clip.classifier(prompts, ("{}",)).to(device)
+    size, grid = model.visual.config.image_size, model.visual.config.grid
+    images = torch.stack([decode(path, size) for path in photographs])
+    pool = images
+    if donors is not None:
+        pool = torch.cat([images, *(decode(path, size)[None] for path in images_in(donors)[:MAX_DONORS])])
+    elif len(images) < 2 and any(strategy.fill != "none" for strategy in strategies):
+        raise ValueError(
+            "one photograph has nothing to fill from: give --donors FOLDER, more photographs, or a NoFill --masking"
+        )
+    rows = []
+    for label, prompt in enumerate(prompts):
+        relevance = relevance_of(model, images.to(device), label, cam).cpu()
+        dark = [path.name for path, row in zip(photographs, relevance, strict=True) if not row.any()]
+        if dark:
+            raise ValueError(f"the CAM of {dark[0]} is zero everywhere: nothing in the picture raised the score of {prompt!r}")
+        columns = {}
+        for strategy in strategies:
+            generator = torch.Generator().manual_seed(seed)
+            columns[_title(strategy)] = apply(strategy, pool, len(images), relevance, generator, grid=grid)
+        for i, path in enumerate(photographs):
+            made = {name: (mask[i], filled[i]) for name, (mask, filled) in columns.items()}
+            shown = normalise_relevance(relevance)[i].view(grid, grid)
+            rows.append(GalleryRow(f"{path.name}\n{prompt}", images[i], shown, made))
+    draw_sheet(out, rows)
+
+
+def relevance_of(model: Classifier, images: Tensor, label: int, cam: str) -> Tensor:
+    """The CAM of uint8 (N, H, W, 3) images for one row of the head: float (N, P), not normalised. cam: mm-cam or grad-cam."""
+    taps = Taps()
+    logits = model(normalise(images), taps=taps).logits
+    labels = torch.full((len(images),), label, device=images.device)
+    return grad_cam(logits, labels, taps) if cam == "grad-cam" else mm_cam(logits, labels, taps)
+
+
+def apply(
+    strategy: Strategy, pool: Tensor, count: int, relevance: Tensor, generator: torch.Generator, *, grid: int
+) -> tuple[Tensor, Tensor]:
+    """Mask, bool (count, grid, grid), and counterfactual, uint8 (count, H, W, 3), of the first `count` images of the pool.
+
+    Donors come from the whole pool and are never the image itself. Removed patches of a no-fill are white.
+    """
+    patches, images = grid * grid, pool[:count]
+    padded = torch.cat([relevance, relevance.new_zeros(len(pool) - count, patches)])
+    made = counterfactual(pool, padded, strategy, other_donors(strategy, len(pool), patches, generator), grid=grid)
+    if made.mask is None:
+        assert made.kept_patches is not None
+        mask = torch.ones_like(padded, dtype=torch.bool).scatter_(1, made.kept_patches, False)
+    else:
+        mask = made.mask
+    squares = mask[:count].view(count, grid, grid)
+    side = images.shape[1] // grid
+    if strategy.fill != "none":
+        return squares, made.images[:count]
+    removed = squares.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None]
+    return squares, images.masked_fill(removed, REMOVED)
+
+
+def other_donors(strategy: Strategy, count: int, patches: int, generator: torch.Generator) -> Draws:
+    """Draws in which no single-fill donor is the image itself: a picture without a change would show nothing."""
+    draws = draw_masking(strategy, count=count, patches=patches, generator=generator)
+    if strategy.fill == "single":
+        shift = torch.randint(1, count, (count,), generator=generator)
+        draws = draws._replace(donors=(torch.arange(count) + shift) % count)
+    return draws
+
+
+def refuse_unknown_words(prompts: Sequence[str]) -> None:
+    """Raise ValueError for prompts with tokens that are in no caption of the tiny model's pre-training."""
+    places = [caption for _, caption, _ in BACKGROUNDS.values()]
+    captions = [template.format(name) for template in TEMPLATES for name in CLASS_NAMES]
+    known = set(tokenizer()([*captions, *(f"on {place}" for place in places), "a sketch of the number"]).flatten().tolist())
+    for prompt in prompts:
+        if not set(tokenizer()([prompt]).flatten().tolist()) <= known:
+            raise ValueError(
+                f"the tiny model never saw some word of {prompt!r}; it knows the digits {', '.join(CLASS_NAMES)} in prompts "
+                f"such as 'a photo of the number seven.' or 'a sketch of the number two.', and on {', '.join(places)}"
+            )
+
+
+def _title(strategy: Strategy) -> str:
+    fill = {"none": "removed", "single": "filled from one image", "multi": "filled from many"}[strategy.fill]
+    return f"{strategy.selection} mask, {fill}"
+
+
+def draw_sheet(path: Path, rows: Sequence[GalleryRow]) -> None:
+    """Save the rows as a PNG, every picture about 260 pixels wide. Raises ValueError when the file cannot be written."""
+    names = list(rows[0].strategies)
+    columns = 2 + 2 * len(names)
+    figure = Figure(figsize=(2.4 * columns, 2.65 * len(rows) + 0.3), dpi=110, layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        line[0].imshow(row.image.numpy())
+        line[0].set_title(row.title, fontsize=8)
+        show_cam(line[1], row.image, row.cam)
+        for i, name in enumerate(names):
+            mask, filled = row.strategies[name]
+            show_masked(line[2 + 2 * i], row.image, mask)
+            line[3 + 2 * i].imshow(filled.numpy())
+        for axis in line:
+            axis.axis("off")
+    axes[0][1].set_title("CAM", fontsize=8)
+    for i, name in enumerate(names):
+        axes[0][2 + 2 * i].set_title(name, fontsize=8)
+        axes[0][3 + 2 * i].set_title("counterfactual", fontsize=8)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,86 @@
+"""The demo's parts at small size, in this process; the claim on the committed results."""
+
+from __future__ import annotations
+
+import json
+import queue
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cammask_fast import demo
+from cammask_fast.data.benchmark import OOD_SETS
+from cammask_fast.data.texture_digits import CLASS_NAMES
+from cammask_fast.model.zero_shot import tiny_classifier
+from cammask_fast.pictures import gallery
+from cammask_fast.report import accuracy_table, claims, write_report
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished() -> list[dict[str, Any]]:
+    """FT, FT_FD and the headline method for one seed and one epoch."""
+    events: queue.Queue[int] = queue.Queue()
+    demo._start_worker(events, 1)
+    wanted = [job for job in demo.jobs([0], full=False) if job.name in ("ft", "ft-fd", demo.HEADLINE)]
+    short = [replace(job, config=replace(job.config, epochs=1)) for job in wanted]
+    results = [demo.run_job(job) for job in short]
+    assert sum(events.queue) == sum(job.images for job in short), "progress counts every image once"
+    return results
+
+
+def test_a_demo_has_18_runs_and_the_full_one_every_strategy() -> None:
+    basic = demo.jobs([0, 1, 2], full=False)
+    assert len(basic) == 18
+    maskings = {job.config.resolved.masking.split("(")[0] for job in demo.jobs([0], full=True)}
+    assert {f"{s}Mask{f}Fill" for s in ("Obj", "Ctx", "Rand") for f in ("No", "Single", "Multi")} <= maskings
+
+
+def test_results_have_one_value_per_seed(finished: list[dict[str, Any]], tmp_path: Path) -> None:
+    results = json.loads(json.dumps(demo.summarise(finished, [0])))
+    assert set(results["methods"]) == {"zeroshot", "ft", "wise-ft", "ft-fd", demo.HEADLINE}
+    for method in results["methods"].values():
+        assert len(method["id"]) == len(method["ood_mean"]) == 1
+        assert set(method["ood"]) == set(OOD_SETS)
+        assert method["ood_mean"][0] == pytest.approx(sum(v[0] for v in method["ood"].values()) / len(OOD_SETS))
+    zero, end = results["curves"]["ft"][0][0], results["curves"]["ft"][0][-1]
+    assert zero[1]["id"] == results["methods"]["zeroshot"]["id"][0], "alpha 0 is zero-shot"
+    assert end[0] == 1.0
+    results |= {"seconds": 1.0, "peak_rss_mb": 1, "environment": demo.environment(2)}
+    gallery(tmp_path / "gallery.png", demo.gallery_rows(tiny_classifier(CLASS_NAMES), count=2))
+    assert demo.HEADLINE in write_report(tmp_path, results)
+
+
+def test_one_epoch_learns(finished: list[dict[str, Any]]) -> None:
+    zero_shot = demo.evaluate_all(tiny_classifier(CLASS_NAMES))
+    tuned = next(r for r in finished if r["name"] == "ft")["accuracy"]
+    assert tuned["id"] > zero_shot["id"]
+
+
+def test_the_cam_sits_on_the_digit() -> None:
+    quality = demo.cam_quality(tiny_classifier(CLASS_NAMES))["mm-cam"]
+    assert quality["energy"] > quality["area"] + 5
+    assert quality["masked"] > quality["area"] + 5
+
+
+def test_a_worker_error_ends_the_demo() -> None:
+    job = demo.jobs([0], full=False)[0]
+    broken = replace(job, config=replace(job.config, optim=replace(job.config.optim, lr=1e30), epochs=1))
+    with pytest.raises(ValueError, match="the loss is"):
+        demo.run_all([broken], workers=1)
+
+
+def test_the_committed_results_are_the_readmes_and_show_the_claim() -> None:
+    results = json.loads((ROOT / "bench/results/demo.json").read_text())
+    assert results["seeds"] == [0, 1, 2]
+    assert accuracy_table(results) in (ROOT / "README.md").read_text()
+    assert all(held for _, _, held in claims(results)), claims(results)
+
+
+def test_unwritable_output_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to"):
+        demo.run_demo(tmp_path / "file" / "demo", seeds=(0,))
