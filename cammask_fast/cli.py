@@ -64,7 +64,6 @@ def build_parser() -> Parser:
     demo = command("demo", run_demo_command, "fine-tune the shipped tiny CLIP with every method and write a report")
     demo.add_argument("--full", action="store_true", help="all strategies, both CAMs and distillations")
     demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
-    demo.add_argument("--threads", type=int, help="threads of the main process; every training worker has one")
     _shared(demo, out=("demo", "folder of the report"), devices=("cpu",))
 
     train = command("train", run_train, "fine-tune a CLIP on a folder of images or on the embedded benchmark")
@@ -98,7 +97,7 @@ def build_parser() -> Parser:
     mask.add_argument("--class", dest="prompts", action="append", required=True, metavar="PROMPT", help="repeat for more rows")
     mask.add_argument("--donors", type=Path, metavar="FOLDER", help="images to fill from (default: the other photographs)")
     mask.add_argument("--masking", default="", metavar="STRATEGY", help="default: the paper's object and context single-fill")
-    mask.add_argument("--cam", default="mm-cam", help="mm-cam or grad-cam")
+    mask.add_argument("--cam", default="mm-cam", choices=("mm-cam", "grad-cam"))
     mask.add_argument("--seed", type=int, default=0)
     _model(mask)
     _shared(mask, out=("mask.png", "PNG file"))
@@ -185,14 +184,10 @@ def device_of(args: Options) -> str:
 
 
 def run_demo_command(args: Options) -> None:
-    import torch
-
     from cammask_fast.demo import run_demo
 
-    if args["threads"] is not None:
-        if args["threads"] < 1:
-            raise ValueError(f"--threads: expected 1 or more, got {args['threads']}")
-        torch.set_num_threads(args["threads"])
+    if len(set(args["seeds"])) < len(args["seeds"]) or min(args["seeds"]) < 0:
+        raise ValueError(f"--seeds: expected different seeds, 0 or more, got {' '.join(map(str, args['seeds']))}")
     run_demo(args["out"], full=args["full"], seeds=tuple(args["seeds"]))
 
 
@@ -296,17 +291,13 @@ def scores(model: Classifier, sets: Mapping[str, EvaluationSet], device: str) ->
 
 
 def print_scores(accuracies: Mapping[str, float], sets: Mapping[str, EvaluationSet], *, as_json: bool) -> None:
+    from cammask_fast.metrics import score_table
+
     rows = [
         {"data": name, "images": len(one.labels), "classes": len(one.labels.unique()), "accuracy": accuracies[name]}
         for name, one in sets.items()
     ]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    width = max(len("data"), *map(len, sets))
-    print(f"{'data':{width}}  images  classes  accuracy")
-    for row in rows:
-        print(f"{row['data']:{width}}  {row['images']:6}  {row['classes']:7}  {row['accuracy']:6.2f} %")
+    print(json.dumps(rows, indent=1) if as_json else score_table(rows))
 
 
 def run_wise_ft(args: Options) -> None:
@@ -332,9 +323,9 @@ def run_wise_ft(args: Options) -> None:
     if args["json"]:
         print(json.dumps([{"alpha": alpha, "accuracy": row} for alpha, row in curve], indent=1))
         return
-    print("alpha  " + "  ".join(sets))
+    print("alpha  " + "  ".join(f"{name:>6}" for name in sets))
     for alpha, row in curve:
-        print(f"{alpha:5.2f}  " + "  ".join(f"{value:{len(name)}.2f}" for name, value in row.items()))
+        print(f"{alpha:5.2f}  " + "  ".join(f"{value:{max(6, len(name))}.2f}" for name, value in row.items()))
 
 
 def run_mask(args: Options) -> None:

@@ -1,10 +1,12 @@
-"""What a run shows while it trains: images per second, time left, loss."""
+"""What a run shows: images per second, time left and loss while it trains; the table of accuracies."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -39,3 +41,10 @@ class TrainingProgress:
                 flush=True,
             )
             self.next_line = int(10 * done / total + 1) / 10
+
+
+def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Text table of rows with the keys data, images, classes, accuracy (percent)."""
+    width = max(len("data"), *(len(row["data"]) for row in rows))
+    lines = [f"{row['data']:{width}}  {row['images']:6}  {row['classes']:7}  {row['accuracy']:6.2f} %" for row in rows]
+    return "\n".join([f"{'data':{width}}  images  classes  accuracy", *lines])

@@ -67,6 +67,8 @@ def mask_photographs(
     rows = []
     for label, prompt in enumerate(prompts):
         relevance = relevance_of(model, images.to(device), label, cam).cpu()
+        if not relevance.isfinite().all():
+            raise ValueError(f"the CAM for {prompt!r} is not finite: the weights are damaged")
         dark = [path.name for path, row in zip(photographs, relevance, strict=True) if not row.any()]
         if dark:
             raise ValueError(f"the CAM of {dark[0]} is zero everywhere: nothing in the picture raised the score of {prompt!r}")
@@ -161,6 +163,6 @@ def draw_sheet(path: Path, rows: Sequence[GalleryRow]) -> None:
         axes[0][3 + 2 * i].set_title("counterfactual", fontsize=8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        figure.savefig(path, bbox_inches="tight", pad_inches=0.08)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None

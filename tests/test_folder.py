@@ -21,11 +21,11 @@ from cammask_fast.data.folder import (
 )
 
 
-def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 30), **options: object) -> Path:
+def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
     """A smooth random image of (width, height) pixels."""
     coarse = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, **options)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
     return path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from open_clip.model import CLIP
 from safetensors.torch import save_file
 
 from cammask_fast.model.pretrained import default_pretrained, load_pretrained, read_weights, to_open_clip, vit_config
@@ -27,14 +28,14 @@ class Evil:
 
 
 @pytest.fixture(scope="module")
-def small_clip() -> torch.nn.Module:
+def small_clip() -> CLIP:
     torch.manual_seed(0)
     return open_clip.create_model(SMALL).eval()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_local_state_dict_gives_open_clips_features_and_zero_shot_logits(
-    small_clip: torch.nn.Module, tmp_path: Path, suffix: str
+    small_clip: CLIP, tmp_path: Path, suffix: str
 ) -> None:
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pt":
@@ -53,7 +54,7 @@ def test_a_local_state_dict_gives_open_clips_features_and_zero_shot_logits(
         torch.testing.assert_close(ours.classifier(["cat", "dog"])(images).logits, expected, rtol=0, atol=1e-4)
 
 
-def test_fine_tuned_weights_go_back_into_open_clip(small_clip: torch.nn.Module, tmp_path: Path) -> None:
+def test_fine_tuned_weights_go_back_into_open_clip(small_clip: CLIP, tmp_path: Path) -> None:
     save_file(small_clip.state_dict(), tmp_path / "w.safetensors")
     visual = load_pretrained(SMALL, str(tmp_path / "w.safetensors")).visual
     with torch.no_grad():
@@ -110,7 +111,7 @@ def test_without_network_the_message_says_what_to_do(monkeypatch: pytest.MonkeyP
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
-    with pytest.raises(ValueError, match="could not download the weights 'openai' .*pass --pretrained FILE"):
+    with pytest.raises(ValueError, match=r"could not download the weights 'openai' .*pass --pretrained FILE"):
         load_pretrained("ViT-B/32")
 
 

@@ -13,7 +13,7 @@ from cammask_fast.data.texture_digits import Scenes, Split, draw, render
 TRAIN_IMAGES = 1500
 VALIDATION_IMAGES = 500
 TEST_IMAGES = 2000
-CORRELATION = 0.95
+CORRELATION = 1.0
 """Probability that a downstream digit stands on its group's background."""
 OUTLINED = 0.6
 """Share of downstream digits drawn as half-transparent outlines, which are rare (4 %) on the web."""

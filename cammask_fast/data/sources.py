@@ -16,7 +16,7 @@ from cammask_fast.data.texture_digits import CLASS_NAMES, IMAGE_SIZE
 
 BENCHMARK = "texture-digits"
 EVALUATION_BATCH = 128
-PREVIEW_SIZE = 96
+PREVIEW_SIZE = 60
 
 
 class TrainingData(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,13 +79,14 @@ def masked_fill(images: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
 
 
 def _grid(patches: int, side: int) -> int:
-    grid = round(patches**0.5)
+    grid = math.isqrt(patches)
     if grid * grid != patches or side % grid:
         raise ValueError(f"{patches} patches are no square grid that divides an image of {side} pixels")
     return grid
 
 
 def _patch_view(images: Tensor, grid: int, channels_last: bool) -> Tensor:
+    size = images.shape[2] // grid
     if channels_last:
-        return images.unflatten(2, (grid, -1)).unflatten(1, (grid, -1))
-    return images.unflatten(3, (grid, -1)).unflatten(2, (grid, -1))
+        return images.reshape(len(images), grid, size, grid, size, images.shape[3])
+    return images.reshape(len(images), images.shape[1], grid, size, grid, size)
