@@ -88,6 +88,8 @@ def build_step(student: Classifier, teacher: Classifier | None, config: TrainCon
             target = teacher(pixels, kept_patches=masked.kept_patches, key_mask=masked.key_mask)
         ours = student(pixels, kept_patches=masked.kept_patches, key_mask=masked.key_mask)
         distill = distance(ours, target)
+        if cam is not None:  # NaN compares as not masked: let it reach the loss instead of passing silently
+            distill = distill.masked_fill(~cam.isfinite().all(), torch.nan)
         (config.w_distill * scale * distill).backward()
         return _detached(config, task, distill)
 

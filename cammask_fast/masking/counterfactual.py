@@ -27,7 +27,7 @@ def counterfactual(
     """Apply a strategy.
 
     images: uint8 (N, H, W, 3) or float (N, 3, H, W). relevance_NP: float (N, P), None for random masks. draws: from
-    `draw_masking`. grid: patches per side. Raises ValueError where relevance or draws do not fit the strategy.
+    `draw_masking`. grid: patches per side. Raises ValueError where the relevance does not fit the strategy.
     """
     patches = grid * grid
     if strategy.needs_cam and (relevance_NP is None or relevance_NP.shape != (len(images), patches)):

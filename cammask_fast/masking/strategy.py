@@ -83,7 +83,7 @@ def parse_strategy(name: str, *, upsample: str = "nearest") -> Strategy:
     chosen = partial(Strategy, selection=SELECTIONS[selection], fill=FILLS[fill], upsample=upsample)
     if top and percent:
         return chosen(top_share=number / 100)
-    if percent or (top and number != int(number)):
+    if percent or (top and not number.is_integer()):
         raise ValueError(f"{name!r}: write a whole number of patches or top=50%; {known_strategies()}")
     if top:
         return chosen(top_k=int(number))

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.reference import cls_relevance
+from cammask_fast.kernels.reference import cls_relevance
 
 
 def attention_inputs(
     count: int, heads: int, length: int, width: int, *, layers: int, seed: int = 0
 ) -> list[tuple[Tensor, ...]]:
-    """(q, k, v, grad_out) per layer in float64, (N, A, L, d); in the last layer only the CLS row of the gradient is not zero."""
+    """(q, k, v, grad_out) per layer, float64 (N, A, L, d); in the last layer only the CLS row of the gradient is not zero."""
     generator = torch.Generator().manual_seed(seed)
     shape = (count, heads, length, width)
     tensors = [[torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "qkvg"] for _ in range(layers)]

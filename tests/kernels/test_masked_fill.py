@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.reference import masked_fill, normalise, upsample_bilinear
-from kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD, upsample_nearest
+from cammask_fast.kernels.reference import masked_fill, normalise, upsample_bilinear
+from cammask_fast.kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD, upsample_nearest
 
 
 def batch(count: int, side: int, *, floating: bool, seed: int = 0) -> Tensor:

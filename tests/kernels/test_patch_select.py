@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.reference import normalise_relevance, patch_select
+from cammask_fast.kernels.reference import normalise_relevance, patch_select
 
 VALUES = st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.75, 1.0])  # few values: many ties
 
@@ -108,7 +108,7 @@ def test_strides_do_not_matter() -> None:
     relevance = torch.rand(9, 4).T
     assert not relevance.is_contiguous()
     for by in ({"threshold": 0.4}, {"top_k": 3}):
-        ours, expected = patch_select(relevance, **by), patch_select(relevance.contiguous(), **by)  # type: ignore[arg-type]
+        ours, expected = patch_select(relevance, **by), patch_select(relevance.contiguous(), **by)
         assert torch.equal(ours.mask, expected.mask)
 
 
