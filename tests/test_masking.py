@@ -158,7 +158,7 @@ def test_donors_single_fill_is_a_permutation_and_multi_fill_never_the_image_itse
         assert single.donors.sort().values.tolist() == list(range(count))
         assert multi.donors is not None
         assert multi.donors.shape == (count, 9)
-        assert ((0 <= multi.donors) & (multi.donors < count)).all()
+        assert ((multi.donors >= 0) & (multi.donors < count)).all()
         assert (multi.donors != torch.arange(count)[:, None]).all()
 
 
@@ -260,11 +260,11 @@ def test_nan_shows_in_the_normalised_relevance_of_its_image_and_of_no_other() ->
     cam = relevance()
     cam[1, 3] = math.nan
     for by in ({"threshold": 0.3}, {"top_k": 4}):
-        selection = patch_select(cam, **by)  # type: ignore[arg-type]
+        selection = patch_select(cam, **by)
         assert selection.normalised.isnan().any(1).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("cam", [None, torch.zeros(COUNT, 8), torch.zeros(COUNT - 1, 9), torch.zeros(COUNT, GRID, GRID)])
 def test_relevance_that_does_not_fit_is_refused(cam: Tensor | None) -> None:
-    with pytest.raises(ValueError, match=r"relevance: expected \(4, 9\) for a object mask"):
+    with pytest.raises(ValueError, match=r"relevance: expected \(4, 9\) for the object mask"):
         counterfactual(images(), cam, parse_strategy("ObjMaskSingleFill(0.3)"), draw("ObjMaskSingleFill(0.3)"), grid=GRID)

@@ -32,7 +32,7 @@ def counterfactual(
     patches = grid * grid
     if strategy.needs_cam and (relevance_NP is None or relevance_NP.shape != (len(images), patches)):
         got = None if relevance_NP is None else tuple(relevance_NP.shape)
-        raise ValueError(f"relevance: expected ({len(images)}, {patches}) for a {strategy.selection} mask, got {got}")
+        raise ValueError(f"relevance: expected ({len(images)}, {patches}) for the {strategy.selection} mask, got {got}")
     if strategy.selection == "random" and strategy.fill == "none":
         assert draws.kept_patches is not None
         return Counterfactual(images, None, kept_patches=draws.kept_patches)
