@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from cammask_fast.cam import grad_cam, mm_cam
@@ -22,7 +21,7 @@ from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import load_pretrained
 from cammask_fast.model.tiny_clip import tokenizer
 from cammask_fast.model.vit import Taps
-from cammask_fast.pictures import GalleryRow, show_cam, show_masked
+from cammask_fast.pictures import GalleryRow, gallery
 
 PAPER_STRATEGIES = ("ObjMaskSingleFill(0.3)", "CtxMaskSingleFill(0.5)")
 REMOVED = 255
@@ -80,7 +79,8 @@ def mask_photographs(
             made = {name: (mask[i], filled[i]) for name, (mask, filled) in columns.items()}
             shown = normalise_relevance(relevance)[i].view(grid, grid)
             rows.append(GalleryRow(f"{path.name}\n{prompt}", images[i], shown, made))
-    draw_sheet(out, rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    gallery(out, rows, cell=2.4)
 
 
 def relevance_of(model: Classifier, images: Tensor, label: int, cam: str) -> Tensor:
@@ -139,30 +139,3 @@ def refuse_unknown_words(prompts: Sequence[str]) -> None:
 def _title(strategy: Strategy) -> str:
     fill = {"none": "removed", "single": "filled from one image", "multi": "filled from many"}[strategy.fill]
     return f"{strategy.selection} mask, {fill}"
-
-
-def draw_sheet(path: Path, rows: Sequence[GalleryRow]) -> None:
-    """Save the rows as a PNG, every picture about 260 pixels wide. Raises ValueError when the file cannot be written."""
-    names = list(rows[0].strategies)
-    columns = 2 + 2 * len(names)
-    figure = Figure(figsize=(2.4 * columns, 2.65 * len(rows) + 0.3), dpi=110, layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for line, row in zip(axes, rows, strict=True):
-        line[0].imshow(row.image.numpy())
-        line[0].set_title(row.title, fontsize=8)
-        show_cam(line[1], row.image, row.cam)
-        for i, name in enumerate(names):
-            mask, filled = row.strategies[name]
-            show_masked(line[2 + 2 * i], row.image, mask)
-            line[3 + 2 * i].imshow(filled.numpy())
-        for axis in line:
-            axis.axis("off")
-    axes[0][1].set_title("CAM", fontsize=8)
-    for i, name in enumerate(names):
-        axes[0][2 + 2 * i].set_title(name, fontsize=8)
-        axes[0][3 + 2 * i].set_title("counterfactual", fontsize=8)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.08)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None

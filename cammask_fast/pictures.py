@@ -59,12 +59,12 @@ def show_masked(axis: Any, image: Tensor, mask: Tensor) -> None:
     axis.imshow(np.where(masked, 127, image.numpy()))
 
 
-def gallery(path: Path, rows: Sequence[GalleryRow]) -> None:
-    """Per row: image, CAM overlay, then mask and counterfactual of every strategy."""
+def gallery(path: Path, rows: Sequence[GalleryRow], *, cell: float = 1.35) -> None:
+    """Per row: image, CAM overlay, then mask and counterfactual of every strategy. cell: inches (110 pixels) per picture."""
     names = list(rows[0].strategies)
     columns = 2 + 2 * len(names)
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.35 * columns, 1.5 * len(rows)), layout="constrained", squeeze=False
+        len(rows), columns, figsize=(cell * columns, 1.12 * cell * len(rows) + 0.2), layout="constrained", squeeze=False
     )
     for line, row in zip(axes, rows, strict=True):
         line[0].imshow(row.image.numpy())

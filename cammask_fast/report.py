@@ -114,7 +114,8 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def _centres(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    return {n: (statistics.mean(m["id"]), statistics.mean(m["ood_mean"])) for n, m in results["methods"].items()}
+    methods = results["methods"]
+    return {n: (statistics.mean(methods[n]["id"]), statistics.mean(methods[n]["ood_mean"])) for n in _names(results)}
 
 
 def mean_curves(results: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:

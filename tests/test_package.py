@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_wheel_holds_kernels_weights_and_recipes(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    unwanted = shutil.ignore_patterns(".*", "build", "*.egg-info", "demo*", "runs", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=unwanted)
     command = [
         sys.executable,
         "-m",
@@ -31,7 +35,7 @@ def test_the_wheel_holds_kernels_weights_and_recipes(tmp_path: Path) -> None:
         "--no-build-isolation",
         "-w",
         str(tmp_path),
-        str(ROOT),
+        str(source),
     ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -116,7 +116,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
-        x = x * torch.sigmoid(1.702 * x) if self.activation == "quick_gelu" else F.gelu(x)
+        x = F.silu(1.702 * x) * (1 / 1.702) if self.activation == "quick_gelu" else F.gelu(x)  # x * sigmoid(1.702 x)
         return self.c_proj(x)
 
 

@@ -1,0 +1,23 @@
+"""One thread per test process, and the slowest files at the end of a run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    seconds: dict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.split("::")[0]] += report.duration
+    terminalreporter.section("slowest files")
+    for name, spent in sorted(seconds.items(), key=lambda item: -item[1])[:8]:
+        terminalreporter.write_line(f"{spent:7.1f} s  {name}")
