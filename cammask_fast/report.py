@@ -171,12 +171,13 @@ def _html_table(markdown: str) -> str:
 
 
 def refresh_readme(readme: Path, results: Mapping[str, Any]) -> None:
-    """Replace what stands between the README's result markers. Raises ValueError without them."""
+    """Replace what stands between the README's markers of a demo, or of a full one. Raises ValueError without them."""
+    begin, end = (m.replace("results", "full results", 1) if results.get("full") else m for m in (BEGIN, END))
     text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme}: expected one {BEGIN!r} and one {END!r}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n\n{summary(results)}\n\n{END}{after}")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{readme}: expected one {begin!r} and one {end!r}")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    readme.write_text(f"{before}{begin}\n\n{summary(results)}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

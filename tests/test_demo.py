@@ -76,7 +76,8 @@ def test_a_worker_error_ends_the_demo() -> None:
 def test_the_committed_results_are_the_readmes_and_show_the_claim() -> None:
     results = json.loads((ROOT / "bench/results/demo.json").read_text())
     assert results["seeds"] == [0, 1, 2]
-    assert accuracy_table(results) in (ROOT / "README.md").read_text()
+    for file in (ROOT / "bench/results").glob("demo*.json"):
+        assert accuracy_table(json.loads(file.read_text())) in (ROOT / "README.md").read_text(), file.name
     assert all(held for _, _, held in claims(results)), claims(results)
 
 

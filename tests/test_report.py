@@ -104,6 +104,11 @@ def test_readme_is_refreshed_between_its_markers(tmp_path: Path) -> None:
     assert text.endswith(f"{END}\nbottom\n")
     assert "old" not in text
     assert "85.0 ± 1.4" in text
+    full_begin, full_end = BEGIN.replace("results", "full results"), END.replace("results", "full results")
+    readme.write_text(f"{text}{full_begin}\n{full_end}\n")
+    refresh_readme(readme, results(ood=[60.0, 60.0]) | {"full": True})
+    assert readme.read_text().startswith(text + full_begin), "the other table stays"
+    assert "60.0 ± 0.0" in readme.read_text()
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="expected one"):
         refresh_readme(readme, results())
