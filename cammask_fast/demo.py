@@ -34,10 +34,11 @@ from cammask_fast.data.benchmark import (
 from cammask_fast.data.texture_digits import CLASS_NAMES, Split, draw, stroke_coverage
 from cammask_fast.evaluate import accuracy
 from cammask_fast.kernels.reference import normalise, normalise_relevance
-from cammask_fast.masking import counterfactual, draw_masking, parse_strategy
+from cammask_fast.masking import parse_strategy
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import Taps
 from cammask_fast.model.zero_shot import tiny_classifier
+from cammask_fast.photographs import apply
 from cammask_fast.pictures import GalleryRow, gallery
 from cammask_fast.report import write_report
 from cammask_fast.train import fine_tune
@@ -188,17 +189,7 @@ def gallery_rows(model: Classifier, *, count: int = 6) -> list[GalleryRow]:
     strategies = {}
     for name in ("masked-object", "masked-context", "masked-random", "masked-topk"):
         strategy = parse_strategy(tiny_config(name, 0).resolved.masking)
-        draws = draw_masking(strategy, count=len(images), patches=grid * grid, generator=generator)
-        made = counterfactual(images, relevance, strategy, draws, grid=grid)
-        assert made.mask is not None
-        mask = made.mask.view(-1, grid, grid)
-        gone = torch.kron(mask, torch.ones(1, images.shape[1] // grid, images.shape[1] // grid, dtype=torch.bool))
-        filled = (
-            torch.where(gone[..., None], torch.tensor(255, dtype=torch.uint8), images)
-            if strategy.fill == "none"
-            else made.images
-        )
-        strategies[name.removeprefix("masked-")] = (mask, filled)
+        strategies[name.removeprefix("masked-")] = apply(strategy, images, len(images), relevance, generator, grid=grid)
     cams = normalise_relevance(relevance).view(-1, grid, grid)
     return [
         GalleryRow(CLASS_NAMES[labels[i]], images[i], cams[i], {n: (m[i], f[i]) for n, (m, f) in strategies.items()})
