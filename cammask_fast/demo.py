@@ -9,6 +9,7 @@ import platform
 import queue
 import resource
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cammask_fast.cam import grad_cam, mm_cam
+from cammask_fast.cam import relevance_of
 from cammask_fast.cam.localisation import localisation, object_patches
 from cammask_fast.config import TrainConfig, load_recipe
 from cammask_fast.data.benchmark import (
@@ -33,10 +34,9 @@ from cammask_fast.data.benchmark import (
 )
 from cammask_fast.data.texture_digits import CLASS_NAMES, Split, draw, stroke_coverage
 from cammask_fast.evaluate import accuracy
-from cammask_fast.kernels.reference import normalise, normalise_relevance
+from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.masking import parse_strategy
 from cammask_fast.model.classifier import Classifier
-from cammask_fast.model.vit import Taps
 from cammask_fast.model.zero_shot import tiny_classifier
 from cammask_fast.photographs import apply
 from cammask_fast.pictures import GalleryRow, gallery
@@ -67,19 +67,26 @@ OBJECT_THRESHOLD = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training run of one worker."""
+    """One run of one worker: train (nothing, for zero-shot), evaluate, look at the CAM."""
 
     name: str
     config: TrainConfig
     curve: bool
     """Evaluate the interpolations with the zero-shot weights too (of the last checkpoint, as WiSE-FT does)."""
-    keep_weights: bool = False
-    """Return the tuned weights too (for the gallery)."""
+    gallery: Path | None = None
+    """Write a picture of the tuned model's masks to this file."""
     scans: str = "test"
     """Digit scans of the evaluation sets: `test`, or `val` where settings are chosen."""
 
     @property
+    def trains(self) -> bool:
+        return self.config.resolved.trained != "none"
+
+    @property
     def images(self) -> int:
+        """Training images, over all epochs."""
+        if not self.trains:
+            return 0
         return self.config.epochs * (TRAIN_IMAGES // self.config.batch_size) * self.config.batch_size
 
 
@@ -88,32 +95,45 @@ def tiny_config(recipe: str, seed: int, **changes: Any) -> TrainConfig:
     return TrainConfig.from_dict({**load_recipe(f"tiny/{recipe}")["train"], "seed": seed, **changes})
 
 
-def jobs(seeds: Sequence[int], *, full: bool) -> list[Job]:
-    """The runs of a demo, longest first so that two workers end together."""
+def jobs(seeds: Sequence[int], *, full: bool, gallery: Path | None = None) -> list[Job]:
+    """Zero-shot once and the training runs per seed, longest first so that two workers end together."""
     wanted: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in BASIC} | (FULL if full else {})
     curves = {"ft", HEADLINE} if full else {"ft"}
-    return sorted(
-        (
-            Job(
-                name=name,
-                config=tiny_config(recipe, seed, **changes),
-                curve=name in curves,
-                keep_weights=name == HEADLINE and seed == seeds[0],
-            )
-            for seed in seeds
-            for name, (recipe, changes) in wanted.items()
-        ),
-        key=lambda job: job.config.resolved.masking == "none",
-    )
+    runs = [
+        Job(
+            name=name,
+            config=tiny_config(recipe, seed, **changes),
+            curve=name in curves,
+            gallery=gallery if name == HEADLINE and seed == seeds[0] else None,
+        )
+        for seed in seeds
+        for name, (recipe, changes) in wanted.items()
+    ]
+    zero_shot = Job(name="zeroshot", config=replace(tiny_config("ft", seeds[0]), method="zeroshot"), curve=False)
+    return [*sorted(runs, key=_work, reverse=True), zero_shot]
+
+
+def _work(job: Job) -> float:
+    """Measured seconds of a run, roughly: a masked step takes twice as long as FT's, an evaluated interpolation 4 s."""
+    masked = job.config.resolved.masking != "none"
+    return (30 if masked else 15) + (4 * len(ALPHAS) if job.curve else 0)
 
 
 _events: Any = None
 
 
-def _start_worker(events: Any, threads: int) -> None:
+def _start_worker(events: Any) -> None:
     global _events
     _events = events
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # a killed demo takes its workers along
+        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+
+
+def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -127,22 +147,18 @@ def run_job(job: Job) -> dict[str, Any]:
         _events.put(images - done)
         done = images
 
-    started = time.perf_counter()
-    trained = fine_tune(pretrained, train, validation, job.config, progress=progress)
-    seconds = time.perf_counter() - started
+    result: dict[str, Any] = {"name": job.name, "seed": job.config.seed, "config": job.config.to_dict()}
+    tuned = last = pretrained
+    if job.trains:
+        started = time.perf_counter()
+        tuned, last = fine_tune(pretrained, train, validation, job.config, progress=progress)
+        result["train_seconds"] = time.perf_counter() - started
     _events.put(job.images - done)
-    result: dict[str, Any] = {
-        "name": job.name,
-        "seed": job.config.seed,
-        "config": job.config.to_dict(),
-        "train_seconds": seconds,
-        "accuracy": evaluate_all(trained.best, job.scans),
-        "cam": cam_quality(trained.best),
-    }
+    result |= {"accuracy": evaluate_all(tuned, job.scans), "cam": cam_quality(tuned)}
     if job.curve:
-        result["curve"] = sweep(pretrained, trained.last, ALPHAS, lambda model: evaluate_all(model, job.scans))
-    if job.keep_weights:
-        result["weights"] = {name: value.numpy() for name, value in trained.best.state_dict().items()}
+        result["curve"] = sweep(pretrained, last, ALPHAS, lambda model: evaluate_all(model, job.scans))
+    if job.gallery is not None:
+        gallery(job.gallery, gallery_rows(tuned))
     result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result
 
@@ -158,25 +174,17 @@ def _cam_images() -> tuple[Split, Tensor, Tensor]:
     return split, images[:CAM_IMAGES], labels[:CAM_IMAGES]
 
 
-def relevance_of(model: Classifier, images: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """CAM of uint8 (N, H, W, 3) images at their labels, (N, P), not normalised; kind: mm-cam or grad-cam."""
-    maps = []
-    for chunk, chunk_labels in zip(images.split(CAM_CHUNK), labels.split(CAM_CHUNK), strict=True):
-        taps = Taps()
-        logits = model(normalise(chunk), taps=taps).logits
-        maps.append((mm_cam if kind == "mm-cam" else grad_cam)(logits, chunk_labels, taps))
-    return torch.cat(maps)
-
-
 def cam_quality(model: Classifier) -> dict[str, dict[str, float]]:
     """Localisation of both CAMs on images of the ID test set, in percent."""
     split, images, labels = _cam_images()
     grid = model.visual.config.grid
     touched = object_patches(stroke_coverage(draw(split)[slice(0, CAM_IMAGES)]), grid=grid)
-    return {
-        kind: localisation(relevance_of(model, images, labels, kind), touched, threshold=OBJECT_THRESHOLD)._asdict()
-        for kind in ("mm-cam", "grad-cam")
-    }
+    quality = {}
+    for kind in ("mm-cam", "grad-cam"):
+        chunks = zip(images.split(CAM_CHUNK), labels.split(CAM_CHUNK), strict=True)
+        relevance = torch.cat([relevance_of(model, some, their_labels, kind) for some, their_labels in chunks])
+        quality[kind] = localisation(relevance, touched, threshold=OBJECT_THRESHOLD)._asdict()
+    return quality
 
 
 def gallery_rows(model: Classifier, *, count: int = 6) -> list[GalleryRow]:
@@ -204,17 +212,12 @@ def run_demo(out: Path, *, full: bool = False, seeds: Sequence[int] = (0, 1, 2))
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror}") from None
-    todo = jobs(seeds, full=full)
+    todo = jobs(seeds, full=full, gallery=out / "gallery.png")
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     workers = min(cores, MAX_WORKERS, len(todo))
-    print(f"{len(todo)} training runs of {todo[0].images} images on {workers} processes", flush=True)
+    print(f"{sum(job.trains for job in todo)} training runs of {todo[0].images} images on {workers} processes", flush=True)
     finished = run_all(todo, workers=workers)
     results = summarise(finished, seeds)
-    pretrained = tiny_classifier(CLASS_NAMES)
-    results["cam"]["zeroshot"] = [cam_quality(pretrained)] * len(seeds)
-    headline = next(r["weights"] for r in finished if "weights" in r)
-    pretrained.load_state_dict({name: torch.from_numpy(value) for name, value in headline.items()})
-    gallery(out / "gallery.png", gallery_rows(pretrained))
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     results["peak_rss_mb"] = round(own + workers * max(r["peak_rss_mb"] for r in finished))
     results["seconds"] = round(time.perf_counter() - started, 1)
@@ -230,7 +233,7 @@ def run_all(todo: Sequence[Job], *, workers: int) -> list[dict[str, Any]]:
     with context.Manager() as manager:
         events = manager.Queue()
         bar = tqdm(total=sum(job.images for job in todo), unit="img", unit_scale=True, smoothing=0.05, mininterval=1.0)
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(events, 1)) as pool, bar:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(events,)) as pool, bar:
             futures: list[Future[dict[str, Any]]] = [pool.submit(run_job, job) for job in todo]
             while not all(future.done() for future in futures):
                 try:
@@ -247,13 +250,14 @@ def run_all(todo: Sequence[Job], *, workers: int) -> list[dict[str, Any]]:
 
 
 def summarise(finished: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """Results by method, each a list with one value per seed, in percent."""
-    scores: dict[str, list[dict[str, float]]] = {}
-    zero_shot = evaluate_all(tiny_classifier(CLASS_NAMES))
-    scores["zeroshot"] = [zero_shot] * len(seeds)
-    cam: dict[str, list[Any]] = {}
+    """Results by method, each a list with one value per seed, in percent. `finished` holds zero-shot once."""
+    zero_shot_result = next(result for result in finished if result["name"] == "zeroshot")
+    trained = [result for result in finished if result is not zero_shot_result]
+    zero_shot = zero_shot_result["accuracy"]
+    scores: dict[str, list[dict[str, float]]] = {"zeroshot": [zero_shot] * len(seeds)}
+    cam: dict[str, list[Any]] = {"zeroshot": [zero_shot_result["cam"]] * len(seeds)}
     curves: dict[str, list[Any]] = {}
-    for result in sorted(finished, key=lambda r: seeds.index(r["seed"])):
+    for result in sorted(trained, key=lambda r: seeds.index(r["seed"])):
         scores.setdefault(result["name"], []).append(result["accuracy"])
         cam.setdefault(result["name"], []).append(result["cam"])
         if "curve" in result:
@@ -275,8 +279,8 @@ def summarise(finished: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[
         "seeds": list(seeds),
         "curves": curves,
         "cam": cam,
-        "train_seconds": {r["name"]: round(r["train_seconds"], 1) for r in finished},
-        "configs": {r["name"]: replace(TrainConfig.from_dict(r["config"]), seed=0).to_dict() for r in finished},
+        "train_seconds": {r["name"]: round(r["train_seconds"], 1) for r in trained},
+        "configs": {r["name"]: replace(TrainConfig.from_dict(r["config"]), seed=0).to_dict() for r in trained},
     }
 
 

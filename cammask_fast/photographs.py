@@ -12,15 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cammask_fast.cam import grad_cam, mm_cam
+from cammask_fast.cam import relevance_of
 from cammask_fast.data.folder import decode, images_in
 from cammask_fast.data.texture_digits import BACKGROUNDS, CLASS_NAMES, TEMPLATES
-from cammask_fast.kernels.reference import normalise, normalise_relevance
+from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.masking import Draws, Strategy, counterfactual, draw_masking, parse_strategy
-from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import load_pretrained
 from cammask_fast.model.tiny_clip import tokenizer
-from cammask_fast.model.vit import Taps
 from cammask_fast.pictures import GalleryRow, gallery
 
 PAPER_STRATEGIES = ("ObjMaskSingleFill(0.3)", "CtxMaskSingleFill(0.5)")
@@ -65,7 +63,8 @@ def mask_photographs(
         )
     rows = []
     for label, prompt in enumerate(prompts):
-        relevance = relevance_of(model, images.to(device), label, cam).cpu()
+        labels = torch.full((len(images),), label, device=device)
+        relevance = relevance_of(model, images.to(device), labels, cam).cpu()
         if not relevance.isfinite().all():
             raise ValueError(f"the CAM for {prompt!r} is not finite: the weights are damaged")
         dark = [path.name for path, row in zip(photographs, relevance, strict=True) if not row.any()]
@@ -81,14 +80,6 @@ def mask_photographs(
             rows.append(GalleryRow(f"{path.name}\n{prompt}", images[i], shown, made))
     out.parent.mkdir(parents=True, exist_ok=True)
     gallery(out, rows, cell=2.4)
-
-
-def relevance_of(model: Classifier, images: Tensor, label: int, cam: str) -> Tensor:
-    """The CAM of uint8 (N, H, W, 3) images for one row of the head: float (N, P), not normalised. cam: mm-cam or grad-cam."""
-    taps = Taps()
-    logits = model(normalise(images), taps=taps).logits
-    labels = torch.full((len(images),), label, device=images.device)
-    return grad_cam(logits, labels, taps) if cam == "grad-cam" else mm_cam(logits, labels, taps)
 
 
 def apply(

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 def finished() -> list[dict[str, Any]]:
     """FT, FT_FD and the headline method for one seed and one epoch."""
     events: queue.Queue[int] = queue.Queue()
-    demo._start_worker(events, 1)
-    wanted = [job for job in demo.jobs([0], full=False) if job.name in ("ft", "ft-fd", demo.HEADLINE)]
+    demo._start_worker(events)
+    wanted = [job for job in demo.jobs([0], full=False) if job.name in ("zeroshot", "ft", "ft-fd", demo.HEADLINE)]
     short = [replace(job, config=replace(job.config, epochs=1)) for job in wanted]
     results = [demo.run_job(job) for job in short]
     assert sum(events.queue) == sum(job.images for job in short), "progress counts every image once"
@@ -34,7 +34,8 @@ def finished() -> list[dict[str, Any]]:
 
 def test_a_demo_has_18_runs_and_the_full_one_every_strategy() -> None:
     basic = demo.jobs([0, 1, 2], full=False)
-    assert len(basic) == 18
+    assert len(basic) == 19
+    assert sum(job.trains for job in basic) == 18
     maskings = {job.config.resolved.masking.split("(")[0] for job in demo.jobs([0], full=True)}
     assert {f"{s}Mask{f}Fill" for s in ("Obj", "Ctx", "Rand") for f in ("No", "Single", "Multi")} <= maskings
 

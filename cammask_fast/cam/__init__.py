@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cammask_fast.kernels.reference import cls_relevance
+from cammask_fast.kernels.reference import cls_relevance, normalise
+from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import Taps
 
-__all__ = ["class_score", "grad_cam", "mm_cam"]
+__all__ = ["class_score", "grad_cam", "mm_cam", "relevance_of"]
 
 
 def class_score(logits: Tensor, labels: Tensor) -> Tensor:
@@ -46,3 +47,10 @@ def grad_cam(logits: Tensor, labels: Tensor, taps: Taps) -> Tensor:
     with torch.no_grad():
         weights = gradient.sum(1, keepdim=True)  # (N, 1, D)
         return torch.relu((taps.last_ln_1 * weights).sum(-1))[:, 1:]
+
+
+def relevance_of(model: Classifier, images: Tensor, labels: Tensor, cam: str) -> Tensor:
+    """The CAM of uint8 (N, H, W, 3) images at their labels: float (N, P), not normalised. cam: mm-cam or grad-cam."""
+    taps = Taps()
+    logits = model(normalise(images), taps=taps).logits
+    return grad_cam(logits, labels, taps) if cam == "grad-cam" else mm_cam(logits, labels, taps)

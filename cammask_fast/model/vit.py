@@ -115,9 +115,11 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        x = F.silu(1.702 * x) * (1 / 1.702) if self.activation == "quick_gelu" else F.gelu(x)  # x * sigmoid(1.702 x)
-        return self.c_proj(x)
+        if self.activation == "gelu":
+            return self.c_proj(F.gelu(self.c_fc(x)))
+        # QuickGELU x * sigmoid(1.702 x) = silu(1.702 x) / 1.702; the constants go into the weights, which are smaller than x
+        hidden = F.silu(F.linear(x, 1.702 * self.c_fc.weight, 1.702 * self.c_fc.bias))
+        return F.linear(hidden, self.c_proj.weight * (1 / 1.702), self.c_proj.bias)
 
 
 class Block(nn.Module):
