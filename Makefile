@@ -25,6 +25,7 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/kernels
 
 clean:
 	rm -rf $(VENV) demo demo-full

@@ -7,9 +7,19 @@ from collections import defaultdict
 import pytest
 import torch
 
+from cammask_fast.kernels.backend import INTERPRETED
+
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `triton` need a GPU, or a process of their own in which Triton's interpreter is on (`make test` runs both)."""
+    if INTERPRETED or torch.cuda.is_available():
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("triton")])
+    items[:] = [item for item in items if not item.get_closest_marker("triton")]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

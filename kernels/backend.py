@@ -1,0 +1,41 @@
+"""The one switch between the Triton kernels and the PyTorch references.
+
+auto (default): Triton for CUDA tensors that the kernel takes, the reference for everything else.
+triton: Triton or an error that says why not. Also runs on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1).
+reference: plain PyTorch everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import triton
+
+Backend = Literal["auto", "triton", "reference"]
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+_chosen: Backend = "auto"
+
+
+def set_backend(backend: Backend) -> Backend:
+    """Choose the implementation of all kernels in this process; returns the previous choice. Raises ValueError on other names."""
+    global _chosen
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
+    previous, _chosen = _chosen, backend
+    return previous
+
+
+def uses_triton(op: str, device: torch.device, obstacle: str | None) -> bool:
+    """Whether `op` runs its Triton kernel on tensors of `device`.
+
+    obstacle: why the kernel cannot take this input, None if it can. Raises ValueError where Triton was asked for and cannot run.
+    """
+    if _chosen != "triton":
+        return _chosen == "auto" and device.type == "cuda" and obstacle is None
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        raise ValueError(f"{op}: backend 'triton' needs CUDA tensors, got {device}; use set_backend('auto') or 'reference'")
+    if obstacle is not None:
+        raise ValueError(f"{op}: backend 'triton' cannot take this input: {obstacle}; use set_backend('auto') or 'reference'")
+    return True
