@@ -230,23 +230,22 @@ def run_demo(out: Path, *, full: bool = False, seeds: Sequence[int] = (0, 1, 2))
 def run_all(todo: Sequence[Job], *, workers: int) -> list[dict[str, Any]]:
     """Run the jobs in worker processes of one thread each, with one progress bar over all images."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        events = manager.Queue()
-        bar = tqdm(total=sum(job.images for job in todo), unit="img", unit_scale=True, smoothing=0.05, mininterval=1.0)
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(events,)) as pool, bar:
-            futures: list[Future[dict[str, Any]]] = [pool.submit(run_job, job) for job in todo]
-            while not all(future.done() for future in futures):
-                try:
-                    bar.update(events.get(timeout=0.5))
-                except queue.Empty:
-                    ready = sum(future.done() for future in futures)
-                    bar.set_postfix_str(f"{ready}/{len(futures)} runs")
-                if any(future.done() and future.exception() for future in futures):
-                    pool.shutdown(cancel_futures=True)
-                    break
-            while not events.empty():
-                bar.update(events.get())
-        return [future.result() for future in futures]
+    events = context.Queue()
+    bar = tqdm(total=sum(job.images for job in todo), unit="img", unit_scale=True, smoothing=0.05, mininterval=1.0)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(events,)) as pool, bar:
+        futures: list[Future[dict[str, Any]]] = [pool.submit(run_job, job) for job in todo]
+        while not all(future.done() for future in futures):
+            try:
+                bar.update(events.get(timeout=0.5))
+            except queue.Empty:
+                ready = sum(future.done() for future in futures)
+                bar.set_postfix_str(f"{ready}/{len(futures)} runs")
+            if any(future.done() and future.exception() for future in futures):
+                pool.shutdown(cancel_futures=True)
+                break
+        while not events.empty():
+            bar.update(events.get())
+    return [future.result() for future in futures]
 
 
 def summarise(finished: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
