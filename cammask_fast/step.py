@@ -85,8 +85,8 @@ def build_step(student: Classifier, teacher: Classifier | None, config: TrainCon
         del prediction, taps
         pixels = clean if masked.images is batch.images else normalise(masked.images, dtype=clean.dtype)
         with torch.no_grad():
-            target = teacher(pixels, kept_patches=masked.kept_patches, key_mask=masked.key_mask)
-        ours = student(pixels, kept_patches=masked.kept_patches, key_mask=masked.key_mask)
+            target = teacher(pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
+        ours = student(pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
         distill = distance(ours, target)
         if cam is not None:  # NaN compares as not masked: let it reach the loss instead of passing silently
             distill = distill.masked_fill(~cam.isfinite().all(), torch.nan)

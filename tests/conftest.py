@@ -15,7 +15,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `triton` need a GPU, or a process of their own in which Triton's interpreter is on (`make test` runs both)."""
+    """Tests marked `triton` need a GPU, or a process of their own with Triton's interpreter on (`make test` runs both)."""
     if INTERPRETED or torch.cuda.is_available():
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("triton")])

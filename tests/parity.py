@@ -166,9 +166,9 @@ def fill(case: Case, golden: Golden, kind: str, cam: Tensor) -> Quantities:
     yield f"{prefix}/loss_kd", relative(logit_distillation(student.logits, teacher.logits, temperature=10.0), LOSS)
 
 
-def kept_patches(golden: Golden) -> Tensor:
-    """The recorded tokens of random no-fill as patches, ascending as ours are: (N, n_keep)."""
-    return (golden.tensor("nofill/RandMaskNoFill/token_idx")[1:].T - 1).sort(1).values
+def kept_tokens(golden: Golden) -> Tensor:
+    """The recorded tokens of random no-fill ascending as ours are: (N, n_keep + 1)."""
+    return golden.tensor("nofill/RandMaskNoFill/token_idx").T.sort(1).values
 
 
 def no_fill(case: Case, golden: Golden, kind: str, cam: Tensor) -> Quantities:
@@ -176,7 +176,7 @@ def no_fill(case: Case, golden: Golden, kind: str, cam: Tensor) -> Quantities:
     if kind in NO_FILLS:
         strategy, draws = parse_strategy(f"{kind}({NO_FILLS[kind]})"), Draws()
     else:
-        strategy, draws = parse_strategy(f"{kind}(0.75)"), Draws(kept_patches=kept_patches(golden))
+        strategy, draws = parse_strategy(f"{kind}(0.75)"), Draws(kept_tokens=kept_tokens(golden))
         official, keep = generator(golden[f"{prefix}/seed"]), strategy.keep_count(patches)
         tokens = [F.pad(torch.randperm(patches, generator=official)[:keep] + 1, (1, 0)) for _ in range(count)]
         yield f"{prefix}/token_idx", exact(torch.stack(tokens, 1))
@@ -184,8 +184,8 @@ def no_fill(case: Case, golden: Golden, kind: str, cam: Tensor) -> Quantities:
     if masked.mask is not None:
         yield f"{prefix}/mask", exact(masked.mask)
     with torch.no_grad():
-        student = case.student(case.pixels, kept_patches=masked.kept_patches, key_mask=masked.key_mask)
-        teacher = case.teacher(case.pixels, kept_patches=masked.kept_patches, key_mask=masked.key_mask)
+        student = case.student(case.pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
+        teacher = case.teacher(case.pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
     yield f"{prefix}/features", close(student.features, FEATURES)
     yield f"{prefix}/logits", of_max(student.logits, FEATURES)
     yield f"{prefix}/teacher_features", close(teacher.features, FEATURES)
@@ -204,7 +204,7 @@ def step(
     if mode.endswith("image_mask"):
         draws = recorded_draws(golden, "fill/ObjMaskSingleFill", case)
     else:
-        draws = Draws(kept_patches=kept_patches(golden) if mode == "fd_mae_mask" else None)
+        draws = Draws(kept_tokens=kept_tokens(golden) if mode == "fd_mae_mask" else None)
     case.student.zero_grad()
     losses = build_step(case.student, case.teacher, config)(batch_of(case), draws)
     parameters = dict(case.student.named_parameters())

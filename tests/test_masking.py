@@ -172,9 +172,11 @@ def test_multi_fill_uses_every_other_image_equally_often() -> None:
 
 
 def test_random_no_fill_keeps_a_random_set_in_ascending_order() -> None:
-    kept = draw("RandMaskNoFill(0.75)", count=400, patches=49).kept_patches
+    kept = draw("RandMaskNoFill(0.75)", count=400, patches=49).kept_tokens
     assert kept is not None
-    assert kept.shape == (400, 12)
+    assert kept.shape == (400, 13)
+    assert not kept[:, 0].any(), "CLS first"
+    kept = kept[:, 1:] - 1
     assert (kept[:, 1:] > kept[:, :-1]).all()
     assert (kept.flatten().bincount(minlength=49) / 400 - 12 / 49).abs().max() < 0.09
 
@@ -183,7 +185,7 @@ def test_random_no_fill_keeps_a_random_set_in_ascending_order() -> None:
 def test_a_batch_of_one_has_no_donor(fill: str) -> None:
     with pytest.raises(ValueError, match=f"{fill.lower()}-fill takes patches from other images: the batch needs at least 2"):
         draw(f"ObjMask{fill}Fill(0.3)", count=1)
-    assert draw("RandMaskNoFill(0.5)", count=1).kept_patches is not None
+    assert draw("RandMaskNoFill(0.5)", count=1).kept_tokens is not None
 
 
 @pytest.mark.parametrize("name", ["ObjMaskSingleFill(0.4)", "CtxMaskMultiFill(0.4)", "RandMaskSingleFill(0.5)"])
@@ -220,16 +222,16 @@ def test_no_fill_leaves_the_images_and_names_what_to_drop() -> None:
     pixels, cam = images(), relevance()
     threshold = counterfactual(pixels, cam, parse_strategy("ObjMaskNoFill(0.4)"), Draws(), grid=GRID)
     assert threshold.images is pixels
-    assert threshold.kept_patches is None
+    assert threshold.kept_tokens is None
     assert threshold.key_mask is threshold.mask
     ranked = counterfactual(pixels, cam, parse_strategy("ObjMaskNoFill(top=4)"), Draws(), grid=GRID)
     assert ranked.key_mask is None
-    assert ranked.kept_patches is not None
-    assert ranked.kept_patches.shape == (COUNT, 5)
+    assert ranked.kept_tokens is not None
+    assert ranked.kept_tokens.shape == (COUNT, 6)
     draws = draw("RandMaskNoFill(0.75)")
     dropped = counterfactual(pixels, None, parse_strategy("RandMaskNoFill(0.75)"), draws, grid=GRID)
     assert dropped.images is pixels
-    assert dropped.kept_patches is draws.kept_patches
+    assert dropped.kept_tokens is draws.kept_tokens
 
 
 def test_bilinear_masks_pixels_by_interpolated_relevance() -> None:

@@ -96,7 +96,7 @@ def written_out(student: Classifier, teacher: Classifier, config: TrainConfig, d
             cam = mm_cam(logits, data.labels, taps, start_layer=config.cam_start_layer)
         masked = counterfactual(images, cam, strategy, draws, grid=TINY.grid)
         pixels = normalise(masked.images, dtype=torch.float64)
-        tokens = {"kept_patches": masked.kept_patches, "key_mask": masked.key_mask}
+        tokens = {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}
     ours, theirs = student(pixels, **tokens), teacher(pixels, **tokens)
     if config.resolved.distill == "fd":
         return loss + config.w_distill * ((ours.features - theirs.features) ** 2).sum() / ours.features.numel()

@@ -121,8 +121,8 @@ def random_mask(*, masked: int, seed: int = 2) -> Tensor:
 @pytest.mark.parametrize("masked", [0, 1, 24, 48])
 def test_dropping_tokens_equals_masking_keys_at_the_cls_output(masked: int) -> None:
     model, pixels, mask = build(), images(), random_mask(masked=masked)
-    kept = (~mask).nonzero()[:, 1].view(3, -1)
-    dropped, masked_keys = model(pixels, kept_patches=kept), model(pixels, key_mask=mask)
+    kept = F.pad((~mask).nonzero()[:, 1].view(3, -1) + 1, (1, 0))
+    dropped, masked_keys = model(pixels, kept_tokens=kept), model(pixels, key_mask=mask)
     assert torch.allclose(dropped, masked_keys, rtol=0, atol=1e-13)
     expected = full_token_forward(model, pixels, key_mask=mask)
     assert torch.allclose(masked_keys, expected, rtol=0, atol=1e-13)
@@ -134,14 +134,14 @@ def test_every_patch_masked_leaves_the_cls_token_alone() -> None:
     model, mask = build(), torch.ones(3, ODD.patches, dtype=torch.bool)
     features = model(images(), key_mask=mask)
     assert torch.allclose(features, features[:1].expand(3, -1), rtol=0, atol=1e-13)
-    assert torch.allclose(features, model(images(), kept_patches=torch.empty(3, 0, dtype=torch.int64)), rtol=0, atol=1e-13)
+    assert torch.allclose(features, model(images(), kept_tokens=torch.zeros(3, 1, dtype=torch.int64)), rtol=0, atol=1e-13)
 
 
-def test_the_order_of_kept_patches_does_not_matter() -> None:
+def test_the_order_of_kept_tokens_after_cls_does_not_matter() -> None:
     model = build()
-    kept = torch.stack([torch.randperm(ODD.patches)[:20] for _ in range(3)])
-    shuffled = kept[:, torch.randperm(20)]
-    assert torch.allclose(model(images(), kept_patches=kept), model(images(), kept_patches=shuffled), rtol=0, atol=1e-13)
+    kept = F.pad(torch.stack([torch.randperm(ODD.patches)[:20] for _ in range(3)]) + 1, (1, 0))
+    shuffled = torch.cat([kept[:, :1], kept[:, 1 + torch.randperm(20)]], 1)
+    assert torch.allclose(model(images(), kept_tokens=kept), model(images(), kept_tokens=shuffled), rtol=0, atol=1e-13)
 
 
 def test_taps_hold_every_layer_and_do_not_change_the_features() -> None:
@@ -166,8 +166,8 @@ def test_taps_hold_every_layer_and_do_not_change_the_features() -> None:
         ({"images": torch.zeros(2, 21, 21, 3)}, "^images: expected"),
         ({"key_mask": torch.zeros(2, 50, dtype=torch.bool)}, r"^key_mask: expected \(2, 49\), got \(2, 50\)"),
         (
-            {"key_mask": torch.zeros(2, 49, dtype=torch.bool), "kept_patches": torch.zeros(2, 1, dtype=torch.int64)},
-            "^kept_patches and key_mask: give one",
+            {"key_mask": torch.zeros(2, 49, dtype=torch.bool), "kept_tokens": torch.zeros(2, 1, dtype=torch.int64)},
+            "^kept_tokens and key_mask: give one",
         ),
     ],
 )

@@ -13,11 +13,11 @@ from cammask_fast.masking.strategy import Strategy
 
 class Counterfactual(NamedTuple):
     """images: the filled batch in the input's format (the input itself for no-fill). mask: bool (N, P) patches or (N, H, W)
-    pixels (bilinear), True = masked. kept_patches, key_mask: how the image tower drops patches in no-fill, or None."""
+    pixels (bilinear), True = masked. kept_tokens, key_mask: how the image tower drops patches in no-fill, or None."""
 
     images: Tensor
     mask: Tensor | None
-    kept_patches: Tensor | None = None
+    kept_tokens: Tensor | None = None
     key_mask: Tensor | None = None
 
 
@@ -34,8 +34,8 @@ def counterfactual(
         got = None if relevance_NP is None else tuple(relevance_NP.shape)
         raise ValueError(f"relevance: expected ({len(images)}, {patches}) for the {strategy.selection} mask, got {got}")
     if strategy.selection == "random" and strategy.fill == "none":
-        assert draws.kept_patches is not None
-        return Counterfactual(images, None, kept_patches=draws.kept_patches)
+        assert draws.kept_tokens is not None
+        return Counterfactual(images, None, kept_tokens=draws.kept_tokens)
     kept = None
     if strategy.selection == "random":
         assert draws.uniform is not None
@@ -52,8 +52,8 @@ def counterfactual(
         selection = patch_select(
             relevance_NP, context=strategy.selection == "context", threshold=strategy.threshold, top_k=top_k
         )
-        mask, kept = selection.mask, selection.kept
+        mask, kept = selection.mask, selection.kept_tokens
     if strategy.fill == "none":
-        return Counterfactual(images, mask, kept_patches=kept, key_mask=mask if kept is None else None)
+        return Counterfactual(images, mask, kept_tokens=kept, key_mask=mask if kept is None else None)
     assert draws.donors is not None
     return Counterfactual(masked_fill(images, mask, draws.donors), mask)

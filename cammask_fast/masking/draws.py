@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cammask_fast.masking.strategy import Strategy
@@ -12,11 +13,12 @@ from cammask_fast.masking.strategy import Strategy
 
 class Draws(NamedTuple):
     """uniform: float32 (N, P) in [0, 1), for random masks. donors: int64 (N,) for single-fill, (N, P) for multi-fill.
-    kept_patches: int64 (N, n_keep), for random no-fill. None where the strategy does not use it."""
+    kept_tokens: int64 (N, n_keep + 1), CLS (0) first, then patch + 1 ascending, for random no-fill.
+    None where the strategy does not use it."""
 
     uniform: Tensor | None = None
     donors: Tensor | None = None
-    kept_patches: Tensor | None = None
+    kept_tokens: Tensor | None = None
 
 
 def draw_masking(strategy: Strategy, *, count: int, patches: int, generator: torch.Generator) -> Draws:
@@ -35,6 +37,7 @@ def draw_masking(strategy: Strategy, *, count: int, patches: int, generator: tor
         uniform = torch.rand(count, patches, generator=generator, device=device)
         if strategy.fill == "none":
             kept = uniform.argsort(1)[:, : strategy.keep_count(patches)].sort(1).values
+            kept = F.pad(kept + 1, (1, 0))
             uniform = None
     if strategy.fill == "single":
         donors = torch.randperm(count, generator=generator, device=device)

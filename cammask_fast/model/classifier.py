@@ -40,12 +40,12 @@ class Classifier(nn.Module):
         self,
         images: Tensor,
         *,
-        kept_patches: Tensor | None = None,
+        kept_tokens: Tensor | None = None,
         key_mask: Tensor | None = None,
         taps: Taps | None = None,
     ) -> Prediction:
         """images: (N, 3, H, W), normalised; the options are those of VisionTransformer.forward."""
-        features = self.visual(images, kept_patches=kept_patches, key_mask=key_mask, taps=taps)
+        features = self.visual(images, kept_tokens=kept_tokens, key_mask=key_mask, taps=taps)
         return Prediction(features, self.head(F.normalize(features, dim=-1)))
 
     def frozen_copy(self) -> Classifier:

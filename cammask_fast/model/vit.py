@@ -175,15 +175,15 @@ class VisionTransformer(nn.Module):
         self,
         images: Tensor,
         *,
-        kept_patches: Tensor | None = None,
+        kept_tokens: Tensor | None = None,
         key_mask: Tensor | None = None,
         taps: Taps | None = None,
     ) -> Tensor:
         """Features of a batch.
 
-        images: (N, 3, H, W), normalised with CLIP's mean and std. kept_patches: int64 (N, n_keep), patch indices (row-major,
-        without CLS) of the tokens to keep; the others are dropped after the positional embedding and ln_pre. key_mask: bool
-        (N, P), True = no query may attend to that patch, in every block. taps: filled in place with what a CAM needs.
+        images: (N, 3, H, W), normalised with CLIP's mean and std. kept_tokens: int64 (N, n_keep + 1), the tokens to keep, 0 (CLS)
+        first, patch p is token p + 1; the others are dropped after the positional embedding and ln_pre. key_mask: bool (N, P),
+        True = no query may attend to that patch, in every block. taps: filled in place with what a CAM needs.
         Returns (N, E), not normalised. Raises ValueError on another image size or a mask of the wrong shape.
         """
         size, patches = self.config.image_size, self.config.patches
@@ -191,13 +191,12 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"images: expected (N, 3, {size}, {size}), got {tuple(images.shape)}")
         if key_mask is not None and key_mask.shape != (len(images), patches):
             raise ValueError(f"key_mask: expected ({len(images)}, {patches}), got {tuple(key_mask.shape)}")
-        if kept_patches is not None and key_mask is not None:
-            raise ValueError("kept_patches and key_mask: give one of the two")
+        if kept_tokens is not None and key_mask is not None:
+            raise ValueError("kept_tokens and key_mask: give one of the two")
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (N, P, D)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
         x = self.ln_pre(x)  # (N, L, D)
-        if kept_patches is not None:
-            kept_tokens = F.pad(kept_patches + 1, (1, 0))  # CLS first
+        if kept_tokens is not None:
             x = x.gather(1, kept_tokens[..., None].expand(-1, -1, x.shape[-1]))
         if key_mask is not None:
             key_mask = F.pad(key_mask, (1, 0))  # CLS is never masked

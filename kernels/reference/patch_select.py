@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 class Selection(NamedTuple):
     """normalised: (N, P), relevance / (max + 1e-8). mask: bool (N, P), True = masked. counts: int64 (N,), masked patches.
-    kept: int64 (N, n_keep), the unmasked patches ascending, for top-k (where n_keep is the same for every image), else None."""
+    kept_tokens: int64 (N, n_keep + 1), 0 (CLS) first, then 1 + patch of the unmasked patches ascending, for top-k; else None."""
 
     normalised: Tensor
     mask: Tensor
     counts: Tensor
-    kept: Tensor | None
+    kept_tokens: Tensor | None
 
 
 def normalise_relevance(relevance_NP: Tensor) -> Tensor:
@@ -50,4 +51,4 @@ def patch_select(
     chosen, others = order[:, :top_k], order[:, top_k:]
     mask = torch.zeros_like(normalised, dtype=torch.bool).scatter_(1, others if context else chosen, True)
     kept = (chosen if context else others).sort(1).values
-    return Selection(normalised, mask, mask.sum(1), kept)
+    return Selection(normalised, mask, mask.sum(1), F.pad(kept + 1, (1, 0)))

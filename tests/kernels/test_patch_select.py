@@ -41,11 +41,13 @@ def test_equals_loops_over_patches(data: st.DataObject, count: int, patches: int
         assert mask.tolist() == by_loops(normalised, context=context, threshold=threshold, top_k=top_k)
         assert masked == sum(mask)
     if top_k is None:
-        assert selection.kept is None
+        assert selection.kept_tokens is None
     else:
-        assert selection.kept is not None
-        assert selection.kept.dtype == torch.int64
-        assert selection.kept.tolist() == [[p for p in range(patches) if not m[p]] for m in selection.mask.tolist()]
+        assert selection.kept_tokens is not None
+        assert selection.kept_tokens.dtype == torch.int64
+        assert selection.kept_tokens.tolist() == [
+            [0, *(p + 1 for p in range(patches) if not m[p])] for m in selection.mask.tolist()
+        ]
 
 
 @pytest.mark.parametrize("side", [6, 7, 8, 14])
@@ -55,9 +57,10 @@ def test_random_maps_on_real_grids(side: int) -> None:
     obj, ctx = patch_select(relevance, top_k=k), patch_select(relevance, context=True, top_k=k)
     assert torch.equal(obj.mask, ~ctx.mask)
     assert obj.counts.tolist() == [k] * 3
-    assert obj.kept is not None
-    assert ctx.kept is not None
-    assert torch.equal(torch.cat([obj.kept, ctx.kept], 1).sort(1).values, torch.arange(side * side).expand(3, -1))
+    assert obj.kept_tokens is not None
+    assert ctx.kept_tokens is not None
+    kept = torch.cat([obj.kept_tokens[:, 1:], ctx.kept_tokens[:, 1:]], 1)
+    assert torch.equal(kept.sort(1).values, torch.arange(1, side * side + 1).expand(3, -1))
     lowest_chosen = obj.normalised.masked_fill(~obj.mask, math.inf).amin(1)
     assert (lowest_chosen > obj.normalised.masked_fill(obj.mask, -math.inf).amax(1)).all()
 
@@ -99,9 +102,9 @@ def test_k_1_and_k_p(k: int, masked: int) -> None:
     obj, ctx = patch_select(relevance, top_k=k), patch_select(relevance, context=True, top_k=k)
     assert obj.counts.tolist() == [masked] * 2
     assert ctx.counts.tolist() == [9 - masked] * 2
-    assert obj.kept is not None
-    assert ctx.kept is not None
-    assert (obj.kept.shape, ctx.kept.shape) == ((2, 9 - masked), (2, masked))
+    assert obj.kept_tokens is not None
+    assert ctx.kept_tokens is not None
+    assert (obj.kept_tokens.shape, ctx.kept_tokens.shape) == ((2, 10 - masked), (2, masked + 1))
 
 
 def test_strides_do_not_matter() -> None:
