@@ -182,8 +182,8 @@ class VisionTransformer(nn.Module):
         """Features of a batch.
 
         images: (N, 3, H, W), normalised with CLIP's mean and std. kept_tokens: int64 (N, n_keep + 1), the tokens to keep, 0
-        (CLS) first, patch p is token p + 1; the others are dropped after the positional embedding and ln_pre. key_mask: bool (N, P),
-        True = no query may attend to that patch, in every block. taps: filled in place with what a CAM needs.
+        (CLS) first, patch p is token p + 1; the others are dropped after the positional embedding and ln_pre. key_mask: bool
+        (N, P), True = no query may attend to that patch, in every block. taps: filled in place with what a CAM needs.
         Returns (N, E), not normalised. Raises ValueError on another image size or a mask of the wrong shape.
         """
         size, patches = self.config.image_size, self.config.patches
