@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -195,8 +194,10 @@ def image_size(images: Tensor) -> tuple[int, int, int]:
 
 def grid_of(patches: int, side: int) -> int:
     """Patches per side. Raises ValueError where they are no square grid whose patches divide the image."""
-    grid = math.isqrt(patches)
-    if grid * grid != patches or grid == 0 or side % grid:
+    grid = 1
+    while grid * grid < patches:  # not math.isqrt, which torch.compile cannot trace on a symbolic size
+        grid += 1
+    if grid * grid != patches or side % grid:
         raise ValueError(f"{patches} patches are no square grid that divides an image of {side} pixels")
     return grid
 
