@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cammask_fast.data.batch import Loader
-from cammask_fast.kernels.reference import normalise
+from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.model.classifier import Classifier
 
 

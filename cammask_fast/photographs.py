@@ -92,12 +92,7 @@ def apply(
     patches, images = grid * grid, pool[:count]
     padded = torch.cat([relevance, relevance.new_zeros(len(pool) - count, patches)])
     made = counterfactual(pool, padded, strategy, other_donors(strategy, len(pool), patches, generator), grid=grid)
-    if made.mask is None:
-        assert made.kept_tokens is not None
-        mask = torch.ones_like(padded, dtype=torch.bool).scatter_(1, made.kept_tokens[:, 1:] - 1, False)
-    else:
-        mask = made.mask
-    squares = mask[:count].view(count, grid, grid)
+    squares = made.mask[:count].view(count, grid, grid)
     side = images.shape[1] // grid
     if strategy.fill != "none":
         return squares, made.images[:count]

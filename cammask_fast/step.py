@@ -15,9 +15,9 @@ from torch import Tensor
 from cammask_fast.cam import grad_cam, mm_cam
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
-from cammask_fast.kernels.reference import normalise
+from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
-from cammask_fast.masking import Draws, Strategy, counterfactual, draw_masking, parse_strategy
+from cammask_fast.masking import Draws, Strategy, draw_masking, masked_input, parse_strategy
 from cammask_fast.model.classifier import Classifier, Prediction
 from cammask_fast.model.vit import Taps
 
@@ -81,9 +81,9 @@ def build_step(student: Classifier, teacher: Classifier | None, config: TrainCon
         cam = None if taps is None else relevance(prediction.logits, batch.labels, taps)
         (config.w_task * scale * task).backward()
         assert draws is not None
-        masked = counterfactual(batch.images, cam, strategy, draws, grid=vit.grid)
+        masked = masked_input(batch.images, cam, strategy, draws, grid=vit.grid, dtype=clean.dtype)
         del prediction, taps
-        pixels = clean if masked.images is batch.images else normalise(masked.images, dtype=clean.dtype)
+        pixels = clean if masked.pixels is None else masked.pixels
         with torch.no_grad():
             target = teacher(pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
         ours = student(pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)

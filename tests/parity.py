@@ -21,9 +21,9 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm, parameters_to_vector
 from cammask_fast.cam import class_score, grad_cam, mm_cam
 from cammask_fast.config import OptimConfig, TrainConfig
 from cammask_fast.data.batch import Batch
-from cammask_fast.kernels.reference import normalise, normalise_relevance, patch_select
+from cammask_fast.kernels.reference import normalise_relevance, patch_select
 from cammask_fast.losses import feature_distillation, logit_distillation
-from cammask_fast.masking import Draws, counterfactual, draw_masking, parse_strategy
+from cammask_fast.masking import Draws, counterfactual, draw_masking, masked_input, parse_strategy
 from cammask_fast.model.classifier import Prediction
 from cammask_fast.model.vit import Attention, Taps
 from cammask_fast.optim import build_optimizer
@@ -153,12 +153,13 @@ def fill(case: Case, golden: Golden, kind: str, cam: Tensor) -> Quantities:
         shift = (drawn.donors - torch.arange(count)[:, None]) % count
         yield f"{prefix}/idx_shift", exact(shift.view(count, 1, grid, grid))
         yield f"{prefix}/donor", exact(drawn.donors.view(count, grid, grid))
-    filled = counterfactual(case.images, cam, strategy, recorded_draws(golden, prefix, case), grid=grid)
-    assert filled.mask is not None
+    draws = recorded_draws(golden, prefix, case)
+    filled = counterfactual(case.images, cam, strategy, draws, grid=grid)
     yield f"{prefix}/mask", exact(filled.mask.view(count, grid, grid))
     yield f"{prefix}/images_u8", exact(filled.images.permute(0, 3, 1, 2))
     with torch.no_grad():
-        pixels = normalise(filled.images)
+        pixels = masked_input(case.images, cam, strategy, draws, grid=grid).pixels
+        assert pixels is not None
         student, teacher = case.student(pixels), case.teacher(pixels)
     yield f"{prefix}/features", close(student.features, FEATURES)
     yield f"{prefix}/teacher_features", close(teacher.features, FEATURES)
@@ -180,9 +181,9 @@ def no_fill(case: Case, golden: Golden, kind: str, cam: Tensor) -> Quantities:
         official, keep = generator(golden[f"{prefix}/seed"]), strategy.keep_count(patches)
         tokens = [F.pad(torch.randperm(patches, generator=official)[:keep] + 1, (1, 0)) for _ in range(count)]
         yield f"{prefix}/token_idx", exact(torch.stack(tokens, 1))
-    masked = counterfactual(case.images, cam, strategy, draws, grid=case.vit.grid)
-    if masked.mask is not None:
-        yield f"{prefix}/mask", exact(masked.mask)
+    masked = masked_input(case.images, cam, strategy, draws, grid=case.vit.grid)
+    if strategy.needs_cam:
+        yield f"{prefix}/mask", exact(counterfactual(case.images, cam, strategy, draws, grid=case.vit.grid).mask)
     with torch.no_grad():
         student = case.student(case.pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
         teacher = case.teacher(case.pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)

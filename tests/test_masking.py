@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.kernels.reference import patch_select
-from cammask_fast.masking import Draws, Strategy, counterfactual, draw_masking, parse_strategy
+from cammask_fast.masking import Draws, Strategy, counterfactual, draw_masking, masked_input, parse_strategy
 
 PAPER = {
     "RandMaskNoFill(0.75)": ("random", "none", 0.75),
@@ -193,7 +194,6 @@ def test_every_pixel_comes_from_the_image_or_from_its_donor(name: str) -> None:
     strategy, draws, pixels = parse_strategy(name), draw(name), images()
     cam = relevance() if strategy.needs_cam else None
     result = counterfactual(pixels, cam, strategy, draws, grid=GRID)
-    assert result.mask is not None
     assert draws.donors is not None
     assert 0 < result.mask.sum() < result.mask.numel()
     for n in range(COUNT):
@@ -220,18 +220,53 @@ def test_object_and_context_masks_are_complements() -> None:
 
 def test_no_fill_leaves_the_images_and_names_what_to_drop() -> None:
     pixels, cam = images(), relevance()
-    threshold = counterfactual(pixels, cam, parse_strategy("ObjMaskNoFill(0.4)"), Draws(), grid=GRID)
-    assert threshold.images is pixels
+    by_threshold = parse_strategy("ObjMaskNoFill(0.4)")
+    threshold = masked_input(pixels, cam, by_threshold, Draws(), grid=GRID)
+    assert threshold.pixels is None
     assert threshold.kept_tokens is None
-    assert threshold.key_mask is threshold.mask
-    ranked = counterfactual(pixels, cam, parse_strategy("ObjMaskNoFill(top=4)"), Draws(), grid=GRID)
+    assert threshold.key_mask is not None
+    shown = counterfactual(pixels, cam, by_threshold, Draws(), grid=GRID)
+    assert torch.equal(threshold.key_mask, shown.mask)
+    assert shown.images is pixels
+    ranked = masked_input(pixels, cam, parse_strategy("ObjMaskNoFill(top=4)"), Draws(), grid=GRID)
     assert ranked.key_mask is None
     assert ranked.kept_tokens is not None
     assert ranked.kept_tokens.shape == (COUNT, 6)
     draws = draw("RandMaskNoFill(0.75)")
-    dropped = counterfactual(pixels, None, parse_strategy("RandMaskNoFill(0.75)"), draws, grid=GRID)
-    assert dropped.images is pixels
+    at_random = parse_strategy("RandMaskNoFill(0.75)")
+    dropped = masked_input(pixels, None, at_random, draws, grid=GRID)
+    assert dropped.pixels is None
     assert dropped.kept_tokens is draws.kept_tokens
+    assert draws.kept_tokens is not None
+    mask = counterfactual(pixels, None, at_random, draws, grid=GRID).mask
+    assert not mask.gather(1, draws.kept_tokens[:, 1:] - 1).any()
+    assert mask.sum() == mask.numel() - draws.kept_tokens[:, 1:].numel()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ObjMaskSingleFill(0.4)", "CtxMaskMultiFill(0.4)", "RandMaskSingleFill(0.5)", "RandMaskMultiFill(0.5)",
+     "CtxMaskSingleFill(top=4)", "ObjMaskMultiFill(top=50%)"],
+)  # fmt: skip
+def test_the_fused_fill_is_the_normalised_counterfactual(name: str) -> None:
+    strategy, draws, pixels = parse_strategy(name), draw(name), images()
+    cam = relevance() if strategy.needs_cam else None
+    fused = masked_input(pixels, cam, strategy, draws, grid=GRID)
+    assert fused.pixels is not None
+    assert torch.equal(fused.pixels, normalise(counterfactual(pixels, cam, strategy, draws, grid=GRID).images))
+    assert (fused.kept_tokens, fused.key_mask) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("ObjMaskSingleFill(0.3)", "donors"), ("RandMaskMultiFill(0.5)", "donors"), ("RandMaskNoFill(0.5)", "kept_tokens")],
+)
+def test_draws_that_do_not_fit_the_strategy_are_refused(name: str, missing: str) -> None:
+    strategy = parse_strategy(name)
+    cam = relevance() if strategy.needs_cam else None
+    for function in (masked_input, counterfactual):
+        with pytest.raises(ValueError, match=f"^draws: .* needs {missing}; use draw_masking"):
+            function(images(), cam, strategy, Draws(), grid=GRID)
 
 
 def test_bilinear_masks_pixels_by_interpolated_relevance() -> None:
@@ -240,8 +275,6 @@ def test_bilinear_masks_pixels_by_interpolated_relevance() -> None:
     ctx = counterfactual(pixels, cam, parse_strategy("CtxMaskSingleFill(0.4)", upsample="bilinear"), draws, grid=GRID)
     normalised = (cam / (cam.amax(1, keepdim=True) + 1e-8)).view(COUNT, 1, GRID, GRID)
     smooth = torch.nn.functional.interpolate(normalised, scale_factor=PATCH, mode="bilinear", align_corners=False)[:, 0]
-    assert obj.mask is not None
-    assert ctx.mask is not None
     assert torch.equal(obj.mask, smooth > 0.4)
     assert torch.equal(ctx.mask, ~obj.mask)
     assert draws.donors is not None

@@ -13,7 +13,7 @@ from cammask_fast import step as step_module
 from cammask_fast.cam import grad_cam, mm_cam
 from cammask_fast.config import OptimConfig, TrainConfig
 from cammask_fast.data.batch import ArrayLoader, Batch
-from cammask_fast.kernels.reference import normalise
+from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.masking import Draws, counterfactual
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import Taps, VisionTransformer, ViTConfig
@@ -94,9 +94,10 @@ def written_out(student: Classifier, teacher: Classifier, config: TrainConfig, d
             cam = grad_cam(logits, data.labels, taps)
         elif strategy.needs_cam:
             cam = mm_cam(logits, data.labels, taps, start_layer=config.cam_start_layer)
-        masked = counterfactual(images, cam, strategy, draws, grid=TINY.grid)
-        pixels = normalise(masked.images, dtype=torch.float64)
-        tokens = {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}
+        shown = counterfactual(images, cam, strategy, draws, grid=TINY.grid)
+        pixels = normalise(shown.images, dtype=torch.float64)
+        if strategy.fill == "none":  # every query, every block: no key among the masked patches
+            tokens = {"key_mask": shown.mask}
     ours, theirs = student(pixels, **tokens), teacher(pixels, **tokens)
     if config.resolved.distill == "fd":
         return loss + config.w_distill * ((ours.features - theirs.features) ** 2).sum() / ours.features.numel()

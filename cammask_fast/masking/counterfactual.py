@@ -4,56 +4,116 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from cammask_fast.kernels.reference import masked_fill, normalise_relevance, patch_select, upsample_bilinear
+from cammask_fast.kernels.masked_fill import counterfactual_batch, masked_fill
+from cammask_fast.kernels.reference import Selection, fill_pixels, normalise_relevance, patch_select, upsample_bilinear
 from cammask_fast.masking.draws import Draws
 from cammask_fast.masking.strategy import Strategy
 
 
-class Counterfactual(NamedTuple):
-    """images: the filled batch in the input's format (the input itself for no-fill). mask: bool (N, P) patches or (N, H, W)
-    pixels (bilinear), True = masked. kept_tokens, key_mask: how the image tower drops patches in no-fill, or None."""
+class MaskedInput(NamedTuple):
+    """What student and teacher see. pixels: (N, 3, H, W), filled and normalised; None for no-fill: the clean ones.
+    kept_tokens, key_mask: the tokens that no-fill drops, as `VisionTransformer.forward` takes them."""
 
-    images: Tensor
-    mask: Tensor | None
+    pixels: Tensor | None
     kept_tokens: Tensor | None = None
     key_mask: Tensor | None = None
+
+
+def masked_input(
+    images: Tensor,
+    relevance_NP: Tensor | None,
+    strategy: Strategy,
+    draws: Draws,
+    *,
+    grid: int,
+    dtype: torch.dtype = torch.float32,
+) -> MaskedInput:
+    """Apply a strategy in as few passes over the pixels as there are: none for no-fill, one for a fill.
+
+    images: uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]. relevance_NP: float (N, P), not normalised, None for random
+    masks. draws: from `draw_masking`. grid: patches per side. dtype: of the pixels. Raises ValueError where relevance or draws
+    do not fit the strategy.
+    """
+    _check(images, relevance_NP, strategy, draws, grid)
+    if strategy.fill == "none":
+        if strategy.selection == "random":
+            return MaskedInput(None, kept_tokens=draws.kept_tokens)
+        selected = _select(relevance_NP, strategy, grid)
+        return MaskedInput(None, selected.kept_tokens, selected.mask if selected.kept_tokens is None else None)
+    if strategy.selection == "random":
+        return MaskedInput(masked_fill(images, _random_mask(strategy, draws), draws.donors, dtype=dtype))
+    assert relevance_NP is not None
+    return MaskedInput(
+        counterfactual_batch(
+            images,
+            relevance_NP,
+            draws.donors,
+            threshold=strategy.threshold,
+            top_k=None if strategy.threshold is not None else strategy.k(grid * grid),
+            context=strategy.selection == "context",
+            upsample=strategy.upsample,
+            dtype=dtype,
+        )
+    )
+
+
+class Counterfactual(NamedTuple):
+    """For eyes and oracles. images: the filled batch in the input's format (the input itself for no-fill). mask: bool (N, P)
+    patches or (N, H, W) pixels (bilinear), True = masked."""
+
+    images: Tensor
+    mask: Tensor
 
 
 def counterfactual(
     images: Tensor, relevance_NP: Tensor | None, strategy: Strategy, draws: Draws, *, grid: int
 ) -> Counterfactual:
-    """Apply a strategy.
-
-    images: uint8 (N, H, W, 3) or float (N, 3, H, W). relevance_NP: float (N, P), None for random masks. draws: from
-    `draw_masking`. grid: patches per side. Raises ValueError where the relevance does not fit the strategy.
-    """
-    patches = grid * grid
-    if strategy.needs_cam and (relevance_NP is None or relevance_NP.shape != (len(images), patches)):
-        got = None if relevance_NP is None else tuple(relevance_NP.shape)
-        raise ValueError(f"relevance: expected ({len(images)}, {patches}) for the {strategy.selection} mask, got {got}")
+    """The same as `masked_input`, step by step in plain PyTorch, with the mask and the pixels before normalisation."""
+    _check(images, relevance_NP, strategy, draws, grid)
     if strategy.selection == "random" and strategy.fill == "none":
         assert draws.kept_tokens is not None
-        return Counterfactual(images, None, kept_tokens=draws.kept_tokens)
-    kept = None
+        mask = torch.ones(len(images), grid * grid, dtype=torch.bool, device=images.device)
+        return Counterfactual(images, mask.scatter_(1, draws.kept_tokens[:, 1:] - 1, False))
     if strategy.selection == "random":
-        assert draws.uniform is not None
-        assert strategy.threshold is not None
-        mask = draws.uniform < strategy.threshold
+        mask = _random_mask(strategy, draws)
     elif strategy.upsample == "bilinear":
         assert relevance_NP is not None
         assert strategy.threshold is not None
         pixels = upsample_bilinear(normalise_relevance(relevance_NP), grid=grid, patch_size=images.shape[2] // grid)
         mask = (pixels > strategy.threshold) ^ (strategy.selection == "context")
     else:
-        assert relevance_NP is not None
-        top_k = None if strategy.threshold is not None else strategy.k(patches)
-        selection = patch_select(
-            relevance_NP, context=strategy.selection == "context", threshold=strategy.threshold, top_k=top_k
-        )
-        mask, kept = selection.mask, selection.kept_tokens
+        mask = _select(relevance_NP, strategy, grid).mask
     if strategy.fill == "none":
-        return Counterfactual(images, mask, kept_tokens=kept, key_mask=mask if kept is None else None)
+        return Counterfactual(images, mask)
     assert draws.donors is not None
-    return Counterfactual(masked_fill(images, mask, draws.donors), mask)
+    return Counterfactual(fill_pixels(images, mask, draws.donors), mask)
+
+
+def _select(relevance_NP: Tensor | None, strategy: Strategy, grid: int) -> Selection:
+    assert relevance_NP is not None
+    top_k = None if strategy.threshold is not None else strategy.k(grid * grid)
+    return patch_select(relevance_NP, context=strategy.selection == "context", threshold=strategy.threshold, top_k=top_k)
+
+
+def _random_mask(strategy: Strategy, draws: Draws) -> Tensor:
+    assert draws.uniform is not None
+    assert strategy.threshold is not None
+    return draws.uniform < strategy.threshold
+
+
+def _check(images: Tensor, relevance_NP: Tensor | None, strategy: Strategy, draws: Draws, grid: int) -> None:
+    expected = (len(images), grid * grid)
+    if strategy.needs_cam and (relevance_NP is None or relevance_NP.shape != expected):
+        got = None if relevance_NP is None else tuple(relevance_NP.shape)
+        raise ValueError(f"relevance: expected {expected} for the {strategy.selection} mask, got {got}")
+    needed = {
+        "donors": strategy.fill != "none",
+        "uniform": strategy.selection == "random" and strategy.fill != "none",
+        "kept_tokens": strategy.selection == "random" and strategy.fill == "none",
+    }
+    for name, is_needed in needed.items():
+        if is_needed and getattr(draws, name) is None:
+            raise ValueError(f"draws: {strategy.selection} mask with {strategy.fill}-fill needs {name}; use draw_masking")

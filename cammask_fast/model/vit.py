@@ -117,7 +117,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "gelu":
             return self.c_proj(F.gelu(self.c_fc(x)))
-        scaled = self.c_fc(x).mul_(1.702)  # QuickGELU x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, in place: no copies are kept
+        scaled = self.c_fc(x).mul_(1.702)  # QuickGELU x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, without copies
         return self.c_proj(F.silu(scaled).mul_(1 / 1.702))
 
 

@@ -1,0 +1,1 @@
+"""The whole training step, ours against the authors' algorithm."""
