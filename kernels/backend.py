@@ -19,7 +19,7 @@ _chosen: Backend = "auto"
 
 
 def set_backend(backend: Backend) -> Backend:
-    """Choose the implementation of all kernels in this process; returns the previous choice. Raises ValueError on other names."""
+    """Choose the implementation of all kernels in this process; returns the previous choice. ValueError on other names."""
     global _chosen
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
@@ -30,7 +30,7 @@ def set_backend(backend: Backend) -> Backend:
 def uses_triton(op: str, device: torch.device, obstacle: str | None) -> bool:
     """Whether `op` runs its Triton kernel on tensors of `device`.
 
-    obstacle: why the kernel cannot take this input, None if it can. Raises ValueError where Triton was asked for and cannot run.
+    obstacle: why the kernel cannot take this input, None if it can. Raises ValueError if Triton was asked for and cannot run.
     """
     if _chosen != "triton":
         return _chosen == "auto" and device.type == "cuda" and obstacle is None

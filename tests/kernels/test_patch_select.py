@@ -1,16 +1,24 @@
-"""patch_select against loops over patches."""
+"""patch_select: the reference against loops over patches; then the op and the kernel against the reference."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
-from cammask_fast.kernels.reference import normalise_relevance, patch_select
+from cammask_fast.kernels.backend import INTERPRETED
+from cammask_fast.kernels.patch_select import patch_select as kernel_patch_select
+from cammask_fast.kernels.patch_select import patch_select_obstacle, plan_patch_select
+from cammask_fast.kernels.reference import Selection, normalise_relevance, patch_select
 
 VALUES = st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.75, 1.0])  # few values: many ties
 
@@ -118,16 +126,181 @@ def test_strides_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("relevance", "arguments", "message"),
     [
-        (torch.zeros(2, 3, 3), {"threshold": 0.5}, r"^relevance: expected \(N, P\)"),
+        (torch.zeros(2, 3, 3), {"threshold": 0.5}, r"^relevance: expected float32 \(N, P\)"),
+        (torch.zeros(2, 9, dtype=torch.int64), {"threshold": 0.5}, "^relevance: expected float32"),
+        (torch.zeros(2, 9, dtype=torch.bfloat16), {"threshold": 0.5}, "^relevance: expected float32"),
+        (torch.zeros(2, 0), {"threshold": 0.5}, "^relevance: expected float32"),
         (torch.zeros(2, 9), {"threshold": 1.5}, "^threshold: expected"),
         (torch.zeros(2, 9), {"threshold": -0.1}, "^threshold: expected"),
         (torch.zeros(2, 9), {"threshold": math.nan}, "^threshold: expected"),
-        (torch.zeros(2, 9), {"top_k": 0}, r"^k: expected 1\.\.9"),
-        (torch.zeros(2, 9), {"top_k": 10}, r"^k: expected 1\.\.9"),
-        (torch.zeros(2, 9), {}, "exactly one of threshold and top_k"),
-        (torch.zeros(2, 9), {"threshold": 0.5, "top_k": 3}, "exactly one of threshold and top_k"),
+        (torch.zeros(2, 9), {"top_k": 0}, r"^top_k: expected 1\.\.9"),
+        (torch.zeros(2, 9), {"top_k": 10}, r"^top_k: expected 1\.\.9"),
+        (torch.zeros(2, 9), {}, "^threshold, top_k: give exactly one"),
+        (torch.zeros(2, 9), {"threshold": 0.5, "top_k": 3}, "^threshold, top_k: give exactly one"),
     ],
 )
 def test_bad_arguments_are_named(relevance: Tensor, arguments: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        patch_select(relevance, **arguments)  # type: ignore[arg-type]
+    for function in (patch_select, kernel_patch_select):
+        with pytest.raises(ValueError, match=message):
+            function(relevance, **arguments)  # type: ignore[arg-type]
+
+
+GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("*-seed?.npz"))
+CHOICES: list[dict[str, Any]] = [
+    {"threshold": 0.3},
+    {"threshold": 0.0},
+    {"threshold": 1.0},
+    {"top_k": 1},
+    {"top_k": 2},
+    {"top_k": "P"},
+]
+
+
+def assert_same(ours: Selection, expected: Selection) -> None:
+    """Every field bit for bit; NaN equals NaN."""
+    for name, mine, theirs in zip(Selection._fields, ours, expected, strict=True):
+        if mine is None or theirs is None:
+            assert mine is theirs, name
+        else:
+            assert mine.dtype == theirs.dtype, name
+            assert torch.equal(mine.nan_to_num(nan=-7.0), theirs.to(mine.device).nan_to_num(nan=-7.0)), name
+
+
+def assert_kernel_equals_reference(relevance: Tensor, device: torch.device, choices: list[dict[str, Any]] = CHOICES) -> None:
+    for choice in choices:
+        options = {name: relevance.shape[1] if value == "P" else value for name, value in choice.items()}
+        if options.get("top_k", 1) <= relevance.shape[1]:
+            for context in (False, True):
+                ours = kernel_patch_select(relevance.to(device), context=context, **options)
+                assert_same(
+                    Selection(*(None if x is None else x.cpu() for x in ours)),
+                    patch_select(relevance, context=context, **options),
+                )
+
+
+def extreme_maps(patches: int) -> dict[str, Tensor]:
+    values = torch.rand(2, patches, generator=torch.Generator().manual_seed(patches))
+    spike, broken = torch.zeros(2, patches), values.clone()
+    spike[1, -1] = 3.0
+    broken[0, patches // 2] = math.nan
+    infinite = values.clone()
+    infinite[1, 0] = math.inf
+    return {
+        "random": values,
+        "ties": (values * 4).round() / 4,
+        "zero": torch.zeros(2, patches),
+        "negative zero": -torch.zeros(2, patches),
+        "constant": torch.full((2, patches), 0.25),
+        "spike": spike,
+        "negative": values - 0.5,
+        "huge": values * 1e38,
+        "tiny": values * 1e-38,
+        "below epsilon": values * 1e-9,
+        "NaN": broken,
+        "infinite": infinite,
+    }
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("name", extreme_maps(1))
+def test_kernel_equals_the_reference_bit_for_bit_on_extreme_maps(triton_backend: torch.device, name: str) -> None:
+    for patches in (1, 9, 49):
+        assert_kernel_equals_reference(extreme_maps(patches)[name], triton_backend)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("patches", [36, 49, 64, 196, 256, 576, 1024])
+def test_kernel_on_the_grids_of_real_models(triton_backend: torch.device, patches: int) -> None:
+    relevance = torch.rand(3, patches, generator=torch.Generator().manual_seed(0))
+    assert_kernel_equals_reference(relevance, triton_backend, [{"threshold": 0.3}, {"top_k": patches // 2}])
+
+
+@pytest.mark.triton
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(count=st.integers(1, 4), patches=st.integers(1, 70), levels=st.integers(1, 9), seed=st.integers(0, 99), data=st.data())
+def test_kernel_on_any_shape_with_many_ties(
+    triton_backend: torch.device, count: int, patches: int, levels: int, seed: int, data: st.DataObject
+) -> None:
+    relevance = torch.randint(0, levels, (count, patches), generator=torch.Generator().manual_seed(seed)).float() / levels
+    assert_kernel_equals_reference(
+        relevance, triton_backend, [{"threshold": 0.5}, {"top_k": data.draw(st.integers(1, patches))}]
+    )
+
+
+@pytest.mark.triton
+def test_kernel_compares_with_the_threshold_to_the_last_bit(triton_backend: torch.device) -> None:
+    for threshold in (0.3, 0.1, 0.7, 1 / 3):
+        at = torch.tensor(threshold, dtype=torch.float32)
+        around = torch.stack([torch.nextafter(at, at * 0), at, torch.nextafter(at, at * 2), torch.tensor(1.0)])
+        assert_kernel_equals_reference(around[None], triton_backend, [{"threshold": threshold}])
+        assert_kernel_equals_reference(around[None] * 0.37, triton_backend, [{"threshold": threshold}])
+
+
+@pytest.mark.triton
+def test_kernel_takes_strided_maps(triton_backend: torch.device) -> None:
+    wide = torch.rand(3, 50, generator=torch.Generator().manual_seed(1))
+    for view in (wide[:, 1:], wide[:, ::2], wide.T, wide.expand(2, 3, 50)[1]):
+        assert_kernel_equals_reference(view, triton_backend, [{"threshold": 0.3}, {"top_k": 2}])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_kernel_gives_the_authors_masks_bit_for_bit(triton_backend: torch.device, path: Path) -> None:
+    arrays = np.load(path)
+    for prefix, cam in (("", "cam/mmcam"), ("gradcam_", "cam/gradcam")):
+        relevance = torch.from_numpy(arrays[cam]).to(triton_backend)
+        for threshold in arrays["mask/thresholds"].tolist():
+            obj = kernel_patch_select(relevance, threshold=threshold).mask.cpu()
+            assert torch.equal(obj, torch.from_numpy(arrays[f"mask/{prefix}obj_{threshold:g}"]))
+            if not prefix:
+                ctx = kernel_patch_select(relevance, context=True, threshold=threshold).mask.cpu()
+                assert torch.equal(ctx, torch.from_numpy(arrays[f"mask/ctx_{threshold:g}"]))
+
+
+def test_one_launch() -> None:
+    relevance = torch.empty(5, 49, device="meta")
+    outputs = (torch.empty(5, 49, device="meta"), torch.empty(5, 49, dtype=torch.bool, device="meta"))
+    columns = torch.empty(5, 26, dtype=torch.int64, device="meta")
+    counts = torch.empty(5, dtype=torch.int64, device="meta")
+    assert len(plan_patch_select(*outputs, counts, columns, relevance, top_k=24)) == 1
+
+
+@pytest.mark.parametrize("arguments", [(0.3, None, False), (None, 4, True), (None, 9, False)])
+def test_the_op_is_registered_as_torch_wants_it(arguments: tuple[Any, ...]) -> None:
+    relevance = torch.rand(3, 9, generator=torch.Generator().manual_seed(0))
+    torch.library.opcheck(torch.ops.cammask.patch_select.default, (relevance, *arguments))
+
+
+def test_compiles_once_for_every_batch_size() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def both(relevance: Tensor) -> tuple[Tensor, Tensor]:
+        kept = kernel_patch_select(relevance * 2, top_k=4).kept_tokens
+        assert kept is not None
+        return kernel_patch_select(relevance * 2, threshold=0.3).mask.float(), kept + 1
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend=counter)
+    for count in (2, 3, 7):
+        relevance = torch.rand(count, 9, generator=torch.Generator().manual_seed(count))
+        for ours, expected in zip(compiled(relevance), both(relevance), strict=True):
+            assert torch.equal(ours, expected)
+    assert counter.frame_count == 1
+
+
+def test_no_matrix_product_is_counted_as_in_the_reference() -> None:
+    for function in (patch_select, kernel_patch_select):
+        with FlopCounterMode(display=False) as counter:
+            function(torch.rand(3, 9), top_k=4)
+        assert counter.get_total_flops() == 0
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there Triton can run")
+def test_asking_for_triton_without_a_gpu_says_why(triton_backend: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"^patch_select: backend 'triton' needs CUDA tensors, got cpu"):
+        kernel_patch_select(torch.rand(2, 9), threshold=0.3)
+
+
+def test_obstacles() -> None:
+    assert patch_select_obstacle(torch.rand(2, 1024)) is None
+    assert "1025 patches" in str(patch_select_obstacle(torch.rand(2, 1025)))
+    assert "float64" in str(patch_select_obstacle(torch.rand(2, 9, dtype=torch.float64)))
