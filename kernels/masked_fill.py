@@ -10,6 +10,7 @@ whose patches are a multiple of 16 pixels wide (ViT-B/32, ViT-B/16; nearest up-s
 Source: paper section 3.3 (masking and filling) and CLIP's pixel normalisation.
 """
 
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -122,6 +123,39 @@ def _stack4(
 
 
 @triton.jit
+def _channel(
+    raw0, raw1, raw2, CHANNEL: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """One colour of every pixel of each group, (BLOCK_Y, BLOCK_X, BLOCK_G, GROUP), out of what was loaded.
+
+    raw0, raw1, raw2: words: bytes RGBR, GBRG and BRGB of each quartet of pixels; pairs: RG, BR and GB; single: R, G and B.
+    """
+    if PIXELS == "words":
+        if CHANNEL == 0:
+            pixel0, pixel1, pixel2, pixel3 = raw0 & 0xFF, raw0 >> 24, (raw1 >> 16) & 0xFF, (raw2 >> 8) & 0xFF
+        elif CHANNEL == 1:
+            pixel0, pixel1, pixel2, pixel3 = (raw0 >> 8) & 0xFF, raw1 & 0xFF, raw1 >> 24, (raw2 >> 16) & 0xFF
+        else:
+            pixel0, pixel1, pixel2, pixel3 = (raw0 >> 16) & 0xFF, (raw1 >> 8) & 0xFF, raw2 & 0xFF, raw2 >> 24
+        pixels = _stack4(pixel0, pixel1, pixel2, pixel3, BLOCK_Y, BLOCK_X, BLOCK_G, 16)
+    elif PIXELS == "pairs":
+        if CHANNEL == 0:
+            pixels = tl.join(raw0 & 0xFF, raw1 >> 8)
+        elif CHANNEL == 1:
+            pixels = tl.join(raw0 >> 8, raw2 & 0xFF)
+        else:
+            pixels = tl.join(raw1 & 0xFF, raw2 >> 8)
+    elif CHANNEL == 0:
+        pixels = raw0
+    elif CHANNEL == 1:
+        pixels = raw1
+    else:
+        pixels = raw2
+    return pixels
+
+
+@triton.jit
 def _store_channel(
     out_ptrs, pixels, masked, lost, fill, inside,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, SELECTS: tl.constexpr, HAS_DONORS: tl.constexpr,
@@ -208,44 +242,71 @@ def _masked_fill_fwd_kernel(
         w0, w1, w2, w3 = _split4(vectors0, BLOCK_Y, BLOCK_X, BLOCK_G)
         w4, w5, w6, w7 = _split4(vectors1, BLOCK_Y, BLOCK_X, BLOCK_G)
         w8, w9, w10, w11 = _split4(vectors2, BLOCK_Y, BLOCK_X, BLOCK_G)
-        low = _stack4(w0, w3, w6, w9, BLOCK_Y, BLOCK_X, BLOCK_G, 4)  # RGBR of four quartets of pixels
-        mid = _stack4(w1, w4, w7, w10, BLOCK_Y, BLOCK_X, BLOCK_G, 4)  # GBRG
-        high = _stack4(w2, w5, w8, w11, BLOCK_Y, BLOCK_X, BLOCK_G, 4)  # BRGB
-        red = _stack4(low & 0xFF, low >> 24, (mid >> 16) & 0xFF, (high >> 8) & 0xFF, BLOCK_Y, BLOCK_X, BLOCK_G, 16)
-        green = _stack4((low >> 8) & 0xFF, mid & 0xFF, mid >> 24, (high >> 16) & 0xFF, BLOCK_Y, BLOCK_X, BLOCK_G, 16)
-        blue = _stack4((low >> 16) & 0xFF, (mid >> 8) & 0xFF, high & 0xFF, high >> 24, BLOCK_Y, BLOCK_X, BLOCK_G, 16)
+        raw0 = _stack4(w0, w3, w6, w9, BLOCK_Y, BLOCK_X, BLOCK_G, 4)  # RGBR of four quartets of pixels
+        raw1 = _stack4(w1, w4, w7, w10, BLOCK_Y, BLOCK_X, BLOCK_G, 4)  # GBRG
+        raw2 = _stack4(w2, w5, w8, w11, BLOCK_Y, BLOCK_X, BLOCK_G, 4)  # BRGB
     elif PIXELS == "pairs":
         first = images_ptr + (source * stride_image_n + (image_y * stride_image_y + image_x * 3))
         halves = first.to(tl.pointer_type(tl.uint16))
-        half0 = tl.load(halves, mask=readable, other=0).to(tl.int32)  # RG
-        half1 = tl.load(halves + 1, mask=readable, other=0).to(tl.int32)  # BR
-        half2 = tl.load(halves + 2, mask=readable, other=0).to(tl.int32)  # GB
-        red = tl.join(half0 & 0xFF, half1 >> 8)
-        green = tl.join(half0 >> 8, half2 & 0xFF)
-        blue = tl.join(half1 & 0xFF, half2 >> 8)
+        raw0 = tl.load(halves, mask=readable, other=0).to(tl.int32)  # RG
+        raw1 = tl.load(halves + 1, mask=readable, other=0).to(tl.int32)  # BR
+        raw2 = tl.load(halves + 2, mask=readable, other=0).to(tl.int32)  # GB
     else:
         first = source * stride_image_n + (image_y * stride_image_y + image_x * stride_image_x)
         pixel_ptrs = images_ptr + first[:, :, :, None] + tl.arange(0, GROUP)[None, None, None, :] * stride_image_x
-        red = tl.load(pixel_ptrs, mask=readable[:, :, :, None], other=0)
-        green = tl.load(pixel_ptrs + stride_image_channel, mask=readable[:, :, :, None], other=0)
-        blue = tl.load(pixel_ptrs + 2 * stride_image_channel, mask=readable[:, :, :, None], other=0)
+        raw0 = tl.load(pixel_ptrs, mask=readable[:, :, :, None], other=0)
+        raw1 = tl.load(pixel_ptrs + stride_image_channel, mask=readable[:, :, :, None], other=0)
+        raw2 = tl.load(pixel_ptrs + 2 * stride_image_channel, mask=readable[:, :, :, None], other=0)
 
     AREA: tl.constexpr = HEIGHT * WIDTH
+    STRIDE_CHANNEL: tl.constexpr = AREA if HAS_PATCH_LAYOUT else GRID_Y * GRID_X * AREA
     if HAS_PATCH_LAYOUT:
-        STRIDE_CHANNEL: tl.constexpr = AREA
         out_offset = (row * GRID_X + column) * (3 * AREA) + y * WIDTH + x
     else:
-        STRIDE_CHANNEL: tl.constexpr = GRID_Y * GRID_X * AREA
         out_offset = image_y * (GRID_X * WIDTH) + image_x
-    out_ptrs = out_ptr + image * (3 * GRID_Y * GRID_X * AREA)
-    out_ptrs += out_offset[:, :, :, None] + tl.arange(0, GROUP)[None, None, None, :]
+    out_ptr += image * (3 * GRID_Y * GRID_X * AREA)
+    out_offset = out_offset[:, :, :, None] + tl.arange(0, GROUP)[None, None, None, :]
     masked, lost, inside = masked[:, :, :, None], lost[:, :, :, None], inside[:, :, :, None]
     SELECTS: tl.constexpr = SELECT != "none"
-    _store_channel(out_ptrs, red, masked, lost, fill_red, inside, SCALE_RED, SHIFT_RED, SELECTS, HAS_DONORS)
-    out_ptrs += STRIDE_CHANNEL
-    _store_channel(out_ptrs, green, masked, lost, fill_green, inside, SCALE_GREEN, SHIFT_GREEN, SELECTS, HAS_DONORS)
-    out_ptrs += STRIDE_CHANNEL
-    _store_channel(out_ptrs, blue, masked, lost, fill_blue, inside, SCALE_BLUE, SHIFT_BLUE, SELECTS, HAS_DONORS)
+    pixels = _channel(raw0, raw1, raw2, 0, PIXELS, BLOCK_Y, BLOCK_X, BLOCK_G)
+    _store_channel(
+        out_ptr + 0 * STRIDE_CHANNEL + out_offset,
+        pixels,
+        masked,
+        lost,
+        fill_red,
+        inside,
+        SCALE_RED,
+        SHIFT_RED,
+        SELECTS,
+        HAS_DONORS,
+    )
+    pixels = _channel(raw0, raw1, raw2, 1, PIXELS, BLOCK_Y, BLOCK_X, BLOCK_G)
+    _store_channel(
+        out_ptr + 1 * STRIDE_CHANNEL + out_offset,
+        pixels,
+        masked,
+        lost,
+        fill_green,
+        inside,
+        SCALE_GREEN,
+        SHIFT_GREEN,
+        SELECTS,
+        HAS_DONORS,
+    )
+    pixels = _channel(raw0, raw1, raw2, 2, PIXELS, BLOCK_Y, BLOCK_X, BLOCK_G)
+    _store_channel(
+        out_ptr + 2 * STRIDE_CHANNEL + out_offset,
+        pixels,
+        masked,
+        lost,
+        fill_blue,
+        inside,
+        SCALE_BLUE,
+        SHIFT_BLUE,
+        SELECTS,
+        HAS_DONORS,
+    )
 
 
 def plan_normalise(out: Tensor, images: Tensor, *, layout: str = "nchw", patch_size: int | None = None) -> list[Launch]:
@@ -375,7 +436,9 @@ def _plan(
         "BLOCK_G": block_g,
     }
     warps = min(16, max(4, 4 * block_y * block_x * block_g // lanes))
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    if group == 16 and out.dtype == torch.float32:
+        options["maxnreg"] = 72  # 16 float32 values per thread: left to itself, ptxas aims at 48 registers and spills
     return Launch(_masked_fill_fwd_kernel, (count * rows * triton.cdiv(height, block_y),), arguments, options)
 
 
