@@ -1,4 +1,4 @@
-"""normalise and counterfactual_batch: Triton against PyTorch, eager and compiled, on a GPU; reference against op-by-op on a CPU.
+"""normalise and counterfactual_batch: Triton against PyTorch (eager, compiled) on a GPU; reference against op-by-op on a CPU.
 
 Run: python -m pytest bench/kernels/bench_masked_fill.py --benchmark-only. Outputs are compared before anything is timed.
 """
@@ -49,10 +49,6 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def patched(patch_size: int) -> dict[str, Any]:
-    return {"layout": "patches", "patch_size": patch_size}
-
-
 def check(ours: Tensor, pytorch: Tensor, gold: Tensor) -> None:
     """The rule of the kernels' tests: at most twice PyTorch's largest error in the same dtype."""
     assert (ours.double() - gold).abs().max() <= 2 * (pytorch.double() - gold).abs().max()
@@ -75,7 +71,7 @@ def measure(benchmark: Any, function: Callable[[], Tensor], moved: int) -> None:
 @pytest.mark.parametrize("count", [512, 64])
 @pytest.mark.parametrize("arch", PATCH_SIZES)
 @pytest.mark.parametrize("options", [{"threshold": THRESHOLD}, {"top_k": 24}], ids=["threshold", "top-k"])
-def bench_counterfactual_batch(benchmark: Any, arch: str, count: int, provider: str, options: dict[str, Any]) -> None:
+def test_counterfactual_batch(benchmark: Any, arch: str, count: int, provider: str, options: dict[str, Any]) -> None:
     patches, dtype = (SIDE // PATCH_SIZES[arch]) ** 2, torch.bfloat16
     images, relevance, donors = inputs(count, patches, "cuda")
 
@@ -96,8 +92,9 @@ def bench_counterfactual_batch(benchmark: Any, arch: str, count: int, provider: 
 @pytest.mark.parametrize("provider", ["triton", "reference", "compiled"])
 @pytest.mark.parametrize("count", [512, 64])
 @pytest.mark.parametrize("arch", PATCH_SIZES)
-def bench_normalise(benchmark: Any, arch: str, count: int, provider: str) -> None:
-    dtype, options = torch.bfloat16, patched(PATCH_SIZES[arch])
+def test_normalise(benchmark: Any, arch: str, count: int, provider: str) -> None:
+    dtype = torch.bfloat16
+    options: dict[str, Any] = {"layout": "patches", "patch_size": PATCH_SIZES[arch]}
     images = inputs(count, 1, "cuda")[0]
     previous = set_backend("triton")
     functions: dict[str, Callable[[], Tensor]] = {
@@ -114,7 +111,7 @@ def bench_normalise(benchmark: Any, arch: str, count: int, provider: str) -> Non
 @pytest.mark.parametrize("provider", ["reference", "op-by-op"])
 @pytest.mark.parametrize("patches", [49, 196])
 @pytest.mark.usefixtures("threads")
-def bench_counterfactual_batch_on_a_cpu(benchmark: Any, patches: int, provider: str) -> None:
+def test_counterfactual_batch_on_a_cpu(benchmark: Any, patches: int, provider: str) -> None:
     count = 64
     images, relevance, donors = inputs(count, patches, "cpu")
     functions: dict[str, Callable[[], Tensor]] = {
