@@ -22,7 +22,7 @@ from .launch import Launch, run
 from .reference.patch_select import Selection, check_selection
 from .reference.patch_select import patch_select as reference_patch_select
 
-MAX_PATCHES = 1024
+MAX_PATCHES = 576
 
 
 @triton.jit
@@ -36,20 +36,20 @@ def order_key(c):
 def divisor_of(row_ptr, stride_patch, PATCHES: tl.constexpr, BLOCK_P: tl.constexpr):
     """max over the patches of one image + 1e-8; NaN if any patch is NaN."""
     patches = tl.arange(0, BLOCK_P)
-    row = tl.load(row_ptr + patches * stride_patch, mask=patches < PATCHES, other=float("-inf")).to(tl.float32)
+    row = tl.load(row_ptr + patches.to(tl.int64) * stride_patch, mask=patches < PATCHES, other=float("-inf")).to(tl.float32)
     any_nan = tl.max((row != row).to(tl.int32), axis=0) > 0
     highest = tl.max(tl.where(row != row, float("-inf"), row), axis=0)
     return tl.where(any_nan, float("nan"), highest) + 1e-8
 
 
 @triton.jit
-def rank_of(c, patch, row_ptr, stride_patch, divisor, PATCHES: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK_P: tl.constexpr):
+def rank_of(c, patch, row_ptr, stride_patch, divisor, PATCHES: tl.constexpr, CHUNK_P: tl.constexpr):
     """How many patches of the image come before each of `patch`: a higher c, or the same c and a lower index."""
     key = order_key(c)
     rank = tl.zeros_like(patch)
-    for start in range(0, BLOCK_P, CHUNK_P):
+    for start in range(0, PATCHES, CHUNK_P):
         others = start + tl.arange(0, CHUNK_P)
-        values = tl.load(row_ptr + others * stride_patch, mask=others < PATCHES, other=0.0).to(tl.float32)
+        values = tl.load(row_ptr + others.to(tl.int64) * stride_patch, mask=others < PATCHES, other=0.0).to(tl.float32)
         other_key = order_key(tl.div_rn(values, divisor))[None, :]
         before = (other_key > key[:, None]) | ((other_key == key[:, None]) & (others[None, :] < patch[:, None]))
         rank += tl.sum((before & (others < PATCHES)[None, :]).to(tl.int32), axis=1)
@@ -68,10 +68,10 @@ def _patch_select_fwd_kernel(
     exists = patch < PATCHES
     row_ptr = relevance_ptr + image * stride_relevance_n
     divisor = divisor_of(row_ptr, stride_relevance_patch, PATCHES, BLOCK_P)
-    raw = tl.load(row_ptr + patch * stride_relevance_patch, mask=exists, other=0.0).to(tl.float32)
+    raw = tl.load(row_ptr + patch.to(tl.int64) * stride_relevance_patch, mask=exists, other=0.0).to(tl.float32)
     c = tl.div_rn(raw, divisor)
     if HAS_TOP_K:
-        rank = rank_of(c, patch, row_ptr, stride_relevance_patch, divisor, PATCHES, BLOCK_P, CHUNK_P)
+        rank = rank_of(c, patch, row_ptr, stride_relevance_patch, divisor, PATCHES, CHUNK_P)
         masked = (rank < top_k) != (context != 0)
     else:
         masked = (c > tl.full(c.shape, threshold, tl.float32)) != (context != 0)
@@ -118,7 +118,7 @@ def plan_patch_select(
         "BLOCK_P": block_p,
         "CHUNK_P": min(block_p, 16),
     }
-    options = {"num_warps": 1 if block_p <= 64 else 4 if block_p <= 256 else 8, "num_stages": 1, "enable_fp_fusion": False}
+    options = {"num_warps": min(max(block_p // 32, 1), 16), "num_stages": 1, "enable_fp_fusion": False}
     return [Launch(_patch_select_fwd_kernel, (count,), arguments, options)]
 
 
@@ -164,7 +164,7 @@ def _patch_select(
     kept_tokens = selection.kept_tokens
     if kept_tokens is None:
         kept_tokens = torch.empty(relevance.shape[0], 0, dtype=torch.int64, device=relevance.device)
-    return selection.normalised, selection.mask, selection.counts, kept_tokens
+    return selection.normalised.contiguous(), selection.mask.contiguous(), selection.counts, kept_tokens
 
 
 @_patch_select.register_fake

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,11 +39,26 @@ def patch_select(
         mask = (normalised > threshold) ^ context
         return Selection(normalised, mask, mask.sum(1), None)
     assert top_k is not None
-    order = torch.argsort(normalised, dim=1, descending=True, stable=True)
-    chosen, others = order[:, :top_k], order[:, top_k:]
-    mask = torch.zeros_like(normalised, dtype=torch.bool).scatter_(1, others if context else chosen, True)
-    kept = (chosen if context else others).sort(1).values
-    return Selection(normalised, mask, mask.sum(1), F.pad(kept + 1, (1, 0)))
+    mask = highest(normalised, top_k) ^ context
+    kept_count = top_k if context else mask.shape[1] - top_k
+    return Selection(normalised, mask, mask.sum(1), kept_tokens(~mask, kept_count))
+
+
+def highest(values_NP: Tensor, k: int) -> Tensor:
+    """bool (N, P): the k highest of each row; ties go to the lower index. NaN is the highest, as a sort has it; NaN and +inf
+    tie, and a normalised map never has both. Without a sort: everything above the k-th value, then the first that equal it."""
+    ranked = torch.where(values_NP.isnan(), math.inf, values_NP)
+    kth = ranked.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    above, equal = ranked > kth, ranked == kth
+    return above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+
+
+def kept_tokens(kept_NP: Tensor, kept_count: int) -> Tensor:
+    """int64 (N, kept_count + 1): 0, then 1 + patch where kept_NP, ascending; every row of kept_NP keeps kept_count patches."""
+    count, patches = kept_NP.shape
+    tokens = torch.arange(1, patches + 1, device=kept_NP.device)
+    columns = torch.zeros(count, kept_count + 1, dtype=torch.int64, device=kept_NP.device)
+    return columns.scatter_(1, kept_NP.cumsum(1) * kept_NP, tokens * kept_NP)
 
 
 def check_selection(relevance: Tensor, *, threshold: float | None, top_k: int | None) -> None:
