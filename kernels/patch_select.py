@@ -7,6 +7,7 @@ Top-k is a rank count: patch i is masked when fewer than k patches come before i
 kept tokens are written at the running count of unmasked patches, behind the CLS token. Source: paper section 3.3.
 """
 
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 from typing import Any

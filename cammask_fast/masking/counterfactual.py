@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cammask_fast.kernels.masked_fill import counterfactual_batch, masked_fill
-from cammask_fast.kernels.patch_select import Selection, patch_select
-from cammask_fast.kernels.reference import fill_pixels, normalise_relevance, upsample_bilinear
+from cammask_fast.kernels.patch_select import patch_select
+from cammask_fast.kernels.reference import Selection, fill_pixels, normalise_relevance, upsample_bilinear
 from cammask_fast.masking.draws import Draws
 from cammask_fast.masking.strategy import Strategy
 
