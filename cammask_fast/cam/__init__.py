@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cammask_fast.kernels.reference import cls_relevance, normalise
+from cammask_fast.kernels.cls_relevance import cls_relevance
+from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import Taps
 

@@ -6,24 +6,48 @@ import torch
 from torch import Tensor
 
 
-def cls_relevance(relevance_NL: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> Tensor:
+def cls_relevance(
+    relevance_NL: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, *, lse: Tensor | None = None
+) -> Tensor:
     """r + r A_bar, with A_bar = mean over heads of P * relu(dP), P = softmax(q k^T / sqrt(d)), dP = grad_out v^T.
 
     relevance_NL: (N, L), the row r that came down from the layers above (e_CLS at the top). k, v: (N, A, L, d). q, grad_out:
     (N, A, L, d), or (N, A, 1, d) in the last layer, where only the CLS row of the gradient is non-zero; grad_out is the
-    gradient of the class score at the attention output, before out_proj. Returns (N, L) in relevance_NL's dtype.
-    Raises ValueError on mismatched shapes. Source: MM-CAM rules read at the CLS row only (r A instead of A R).
+    gradient of the class score at the attention output, before out_proj. lse: (N, A, rows of q), natural log of the softmax
+    denominators, if at hand. Returns (N, L) in relevance_NL's dtype. Raises ValueError on mismatched shapes.
+    Source: MM-CAM rules read at the CLS row only (r A instead of A R).
     """
+    check_cls_relevance(relevance_NL, q, k, v, grad_out, lse)
+    rows, width = q.shape[2], q.shape[3]
+    scores = q @ k.mT * width**-0.5
+    probabilities = torch.softmax(scores, dim=-1) if lse is None else torch.exp(scores - lse[..., None])  # (N, A, rows, L)
+    attended = (probabilities * torch.relu(grad_out @ v.mT)).mean(1).to(relevance_NL.dtype)  # (N, rows, L)
+    return relevance_NL + (relevance_NL[:, None, :rows] @ attended)[:, 0]
+
+
+def check_cls_relevance(
+    relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor | None = None
+) -> None:
+    """Raise ValueError where `cls_relevance` cannot work; looks at shapes, dtypes and devices only."""
+    if k.ndim != 4 or not k.is_floating_point():
+        raise ValueError(f"k: expected float (N, A, L, d), got {k.dtype} {tuple(k.shape)}")
     count, heads, length, width = k.shape
-    rows = q.shape[2]
-    if relevance_NL.shape != (count, length):
-        raise ValueError(f"relevance: expected ({count}, {length}) to match k, got {tuple(relevance_NL.shape)}")
+    rows = q.shape[2] if q.ndim == 4 else 0
+    if relevance.shape != (count, length):
+        raise ValueError(f"relevance: expected ({count}, {length}) to match k, got {tuple(relevance.shape)}")
+    if relevance.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"relevance: expected float32, got {relevance.dtype}")
     if v.shape != k.shape:
         raise ValueError(f"v: expected k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if rows not in (1, length) or q.shape != (count, heads, rows, width):
         raise ValueError(f"q: expected ({count}, {heads}, {length} or 1, {width}), got {tuple(q.shape)}")
     if grad_out.shape != q.shape:
         raise ValueError(f"grad_out: expected q's shape {tuple(q.shape)}, got {tuple(grad_out.shape)}")
-    probabilities = torch.softmax(q @ k.mT * width**-0.5, dim=-1)  # (N, A, rows, L)
-    attended = (probabilities * torch.relu(grad_out @ v.mT)).mean(1)  # (N, rows, L)
-    return relevance_NL + (relevance_NL[:, None, :rows] @ attended)[:, 0]
+    if lse is not None and (lse.shape != (count, heads, rows) or not lse.is_floating_point()):
+        raise ValueError(f"lse: expected float32 ({count}, {heads}, {rows}), got {lse.dtype} {tuple(lse.shape)}")
+    for name, tensor in (("q", q), ("v", v), ("grad_out", grad_out)):
+        if tensor.dtype != k.dtype:
+            raise ValueError(f"{name}: expected k's dtype {k.dtype}, got {tensor.dtype}")
+    for name, other in (("relevance", relevance), ("q", q), ("v", v), ("grad_out", grad_out), ("lse", lse)):
+        if other is not None and other.device != k.device:
+            raise ValueError(f"{name}: expected the device of k, {k.device}, got {other.device}")

@@ -1,16 +1,24 @@
-"""cls_relevance against the written-out L x L rollout, element by element in float64."""
+"""cls_relevance: the reference against the written-out L x L rollout; then the op and the kernels against the reference."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
+from cammask_fast.kernels.backend import INTERPRETED
+from cammask_fast.kernels.cls_relevance import cls_relevance as kernel_cls_relevance
+from cammask_fast.kernels.cls_relevance import cls_relevance_obstacle, plan_cls_relevance
 from cammask_fast.kernels.reference import cls_relevance
+
+DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if torch.cuda.is_available() else ()))
 
 
 def attention_inputs(
@@ -133,5 +141,234 @@ def test_large_scores_stay_finite() -> None:
     ],
 )
 def test_mismatched_shapes_name_the_argument(name: str, shapes: list[tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
-        cls_relevance(*(torch.zeros(shape) for shape in shapes))
+    for function in (cls_relevance, kernel_cls_relevance):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            function(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_other_arguments_that_do_not_fit_are_named() -> None:
+    r, x = torch.zeros(2, 9), torch.zeros(2, 3, 9, 32)
+    for name, arguments in {
+        "k": (r, x, x[0], x, x),
+        "relevance": (r.half(), x, x, x, x),
+        "q": (r, x.half(), x, x, x),
+        "v": (r, x, x, x.double(), x),
+        "grad_out": (r, x, x, x, x.half()),
+        "lse": (r, x, x, x, x, torch.zeros(2, 3, 8)),
+    }.items():
+        lse = arguments[5] if len(arguments) == 6 else None
+        for function in (cls_relevance, kernel_cls_relevance):
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                function(*arguments[:5], lse=lse)
+    with pytest.raises(ValueError, match=r"^relevance: expected the device of k, cpu, got meta"):
+        kernel_cls_relevance(r.to("meta"), x, x, x, x)
+
+
+def layer(
+    count: int,
+    heads: int,
+    length: int,
+    width: int,
+    *,
+    dtype: torch.dtype,
+    last: bool = False,
+    seed: int = 0,
+    scale: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """(relevance, q, k, v, grad_out); q, k, v are views of a packed projection (N, L, 3D), as the model has them."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randn(count, length, 3 * heads * width, generator=generator).to(dtype)
+    q, k, v = (part.unflatten(-1, (heads, width)).transpose(1, 2) for part in packed.chunk(3, -1))
+    grad_out = torch.randn(count, length, heads, width, generator=generator).to(dtype).transpose(1, 2)
+    relevance = torch.rand(count, length, generator=generator)
+    q = (q * scale**0.5).to(dtype) if scale != 1 else q
+    k = (k * scale**0.5).to(dtype) if scale != 1 else k
+    return (relevance, q[:, :, :1], k, v, grad_out[:, :, :1]) if last else (relevance, q, k, v, grad_out)
+
+
+def statistics(q: Tensor, k: Tensor) -> Tensor:
+    """lse as flash attention returns it: float32, natural."""
+    return torch.logsumexp(q.double() @ k.double().mT * k.shape[-1] ** -0.5, -1).float()
+
+
+def assert_twice_as_good(ours: Tensor, pytorch: Tensor, gold: Tensor) -> None:
+    """Largest and mean error at most twice PyTorch's in the same dtype, plus one float32 epsilon of the largest value."""
+    unit = torch.finfo(torch.float32).eps * gold.abs().max().item()
+    ours_error, pytorch_error = ((x.cpu().double() - gold).abs() for x in (ours, pytorch))
+    assert ours_error.max().item() <= 2 * pytorch_error.max().item() + unit
+    assert ours_error.mean().item() <= 2 * pytorch_error.mean().item() + unit
+
+
+def check_kernel(inputs: tuple[Tensor, ...], device: torch.device) -> None:
+    gold = cls_relevance(*(x.double() for x in inputs))
+    moved = tuple(x.to(device) for x in inputs)
+    for lse in (None, statistics(inputs[1], inputs[2]).to(device)):
+        ours = kernel_cls_relevance(*moved, lse=lse)
+        assert ours.dtype == torch.float32
+        assert ours.shape == gold.shape
+        assert_twice_as_good(ours, cls_relevance(*moved, lse=lse), gold)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("count", "heads", "length", "width"), [(1, 2, 50, 64), (3, 1, 65, 32), (1, 1, 197, 64), (1, 1, 257, 64)]
+)
+def test_kernel_is_as_exact_as_pytorch(
+    triton_backend: torch.device, dtype: torch.dtype, last: bool, count: int, heads: int, length: int, width: int
+) -> None:
+    check_kernel(layer(count, heads, length, width, dtype=dtype, last=last), triton_backend)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("last", [False, True])
+def test_kernel_at_the_greatest_length(triton_backend: torch.device, last: bool) -> None:
+    check_kernel(layer(1, 1, 577, 32, dtype=torch.float16, last=last), triton_backend)
+
+
+@pytest.mark.triton
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    count=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(2, 70),
+    width=st.sampled_from([32, 64]),
+    dtype=st.sampled_from(DTYPES),
+    last=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_kernel_at_any_shape(
+    triton_backend: torch.device, count: int, heads: int, length: int, width: int, dtype: torch.dtype, last: bool, seed: int
+) -> None:
+    check_kernel(layer(count, heads, length, width, dtype=dtype, last=last, seed=seed), triton_backend)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("scale", [1e-6, 30.0, 1e4])
+def test_kernel_on_tiny_and_confident_and_huge_scores(triton_backend: torch.device, scale: float, last: bool) -> None:
+    inputs = layer(2, 1, 50, 64, dtype=torch.float32, last=last, scale=scale)
+    check_kernel(inputs, triton_backend)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("last", [False, True])
+def test_kernel_on_zero_relevance_zero_gradients_and_the_top_row(triton_backend: torch.device, last: bool) -> None:
+    relevance, q, k, v, grad_out = (x.to(triton_backend) for x in layer(2, 2, 50, 32, dtype=torch.float32, last=last))
+    nothing = torch.zeros_like(relevance)
+    assert torch.equal(kernel_cls_relevance(nothing, q, k, v, grad_out), nothing)
+    assert torch.equal(kernel_cls_relevance(relevance, q, k, v, grad_out * 0), relevance)
+    top = nothing.index_fill(1, torch.tensor([0], device=nothing.device), 1.0)
+    whole, row = (kernel_cls_relevance(top, a, k, v, b) for a, b in ((q, grad_out), (q[:, :, :1], grad_out[:, :, :1])))
+    torch.testing.assert_close(whole, row)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("place", ["q", "k", "v", "grad_out", "relevance"])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_nan_reaches_the_output(triton_backend: torch.device, place: str, last: bool) -> None:
+    inputs = dict(
+        zip(("relevance", "q", "k", "v", "grad_out"), layer(2, 1, 50, 32, dtype=torch.float32, last=last), strict=True)
+    )
+    inputs = {name: value.clone().to(triton_backend) for name, value in inputs.items()}
+    inputs[place][1][..., 0] = math.nan
+    out = kernel_cls_relevance(**inputs)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().any()
+
+
+@pytest.mark.triton
+def test_kernel_takes_contiguous_and_wider_strides(triton_backend: torch.device) -> None:
+    relevance, q, k, v, grad_out = (x.to(triton_backend) for x in layer(2, 2, 37, 32, dtype=torch.float32))
+    expected = kernel_cls_relevance(relevance, q, k, v, grad_out)
+    assert torch.equal(kernel_cls_relevance(relevance, *(x.contiguous() for x in (q, k, v, grad_out))), expected)
+    spread = torch.stack([relevance, relevance], -1)[..., 0]
+    padded = torch.nn.functional.pad(v, (0, 5))[..., :32]
+    assert torch.equal(kernel_cls_relevance(spread, q, k, padded, grad_out), expected)
+
+
+@pytest.mark.triton
+def test_equal_inputs_give_equal_bits(triton_backend: torch.device) -> None:
+    inputs = tuple(x.to(triton_backend) for x in layer(2, 3, 65, 64, dtype=torch.float16))
+    assert torch.equal(kernel_cls_relevance(*inputs), kernel_cls_relevance(*inputs))
+
+
+def test_launches() -> None:
+    def launches(rows: int, *, has_lse: bool) -> list[str]:
+        x = torch.empty(2, 3, 50, 64, device="meta")
+        r, partial = torch.empty(2, 50, device="meta"), torch.empty(2, 3, 50, device="meta")
+        scratch = None if has_lse or rows == 1 else torch.empty(2, 2, 3, 50, device="meta")
+        lse = torch.empty(2, 3, rows, device="meta") if has_lse else None
+        plan = plan_cls_relevance(r, partial, scratch, r, x[:, :, :rows], x, x, x[:, :, :rows], lse)
+        return [launch.kernel.__name__.removeprefix("_cls_relevance_").removesuffix("fwd_kernel") for launch in plan]
+
+    assert launches(50, has_lse=False) == ["statistics_", "", "heads_"]
+    assert launches(50, has_lse=True) == ["", "heads_"]
+    assert launches(1, has_lse=False) == launches(1, has_lse=True) == ["row_", "heads_"]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_op_is_registered_as_torch_wants_it(last: bool) -> None:
+    inputs = layer(2, 2, 9, 32, dtype=torch.float32, last=last)
+    op = torch.ops.cammask.cls_relevance.default
+    torch.library.opcheck(op, (*inputs, None))
+    torch.library.opcheck(op, (*inputs, statistics(inputs[1], inputs[2])))
+
+
+def test_compiles_once_for_every_batch_size() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def doubled(*inputs: Tensor) -> Tensor:
+        return 2 * kernel_cls_relevance(*inputs)
+
+    compiled = torch.compile(doubled, fullgraph=True, dynamic=True, backend=counter)
+    for count in (2, 3, 7):
+        inputs = tuple(x.contiguous() for x in layer(count, 2, 9, 32, dtype=torch.float32, seed=count))
+        for x in inputs:
+            torch._dynamo.mark_dynamic(x, 0)
+        assert torch.equal(compiled(*inputs), doubled(*inputs))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_counted_work_is_the_references_plus_the_row_statistics(last: bool) -> None:
+    inputs = layer(2, 3, 9, 32, dtype=torch.float32, last=last)
+    lse = statistics(inputs[1], inputs[2])
+
+    def counted(function: Any, **options: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function(*inputs, **options)
+        return int(counter.get_total_flops())
+
+    reference = counted(cls_relevance)
+    assert reference > 0
+    assert counted(kernel_cls_relevance, lse=lse) == counted(cls_relevance, lse=lse) == reference
+    scores = 2 * 2 * 3 * (1 if last else 9) * 9 * 32
+    assert counted(kernel_cls_relevance) == reference + scores
+
+
+def test_statistics_at_hand_change_only_the_rounding() -> None:
+    for last in (False, True):
+        inputs = tuple(x.double() for x in layer(2, 2, 9, 32, dtype=torch.float32, last=last))
+        lse = torch.logsumexp(inputs[1] @ inputs[2].mT * 32**-0.5, -1)
+        torch.testing.assert_close(cls_relevance(*inputs, lse=lse), cls_relevance(*inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there Triton can run")
+def test_asking_for_triton_without_a_gpu_says_why(triton_backend: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"^cls_relevance: backend 'triton' needs CUDA tensors, got cpu"):
+        kernel_cls_relevance(*layer(1, 1, 9, 32, dtype=torch.float32))
+
+
+def test_obstacles() -> None:
+    def obstacle(*inputs: Tensor) -> str:
+        return str(cls_relevance_obstacle(*inputs))
+
+    fine = layer(1, 1, 9, 32, dtype=torch.float32)
+    assert obstacle(*fine) == "None"
+    assert "float64" in obstacle(*(x.double() for x in fine))
+    assert "relevance is torch.float64" in obstacle(fine[0].double(), *fine[1:])
+    assert "48 wide" in obstacle(*layer(1, 1, 9, 48, dtype=torch.float32))
+    assert "578 tokens" in obstacle(*layer(1, 1, 578, 32, dtype=torch.float32))
+    assert "grad_out has stride 2" in obstacle(*fine[:4], torch.zeros(1, 1, 9, 64)[..., ::2])

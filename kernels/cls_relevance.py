@@ -1,0 +1,356 @@
+"""One layer of the relevance rollout, read at the CLS row; nothing of size L x L reaches memory.
+
+    r_out = r + (1 / A) sum over heads of r (P * relu(dO V^T)),   P = softmax(Q K^T / sqrt(d))
+
+P and dP = dO V^T are recomputed tile by tile from q, k, v and dO, as in FlashAttention. Launches of a full layer: the row
+statistics (unless lse is given), the sum over queries per head and key, the mean over heads. The last layer, where only the CLS
+row of dO is not zero, takes O(L d) per head and two launches. No atomics: equal inputs give equal bits. The statistics keep a
+row's highest score and the logarithm of its sum apart, so that confident attention is as exact as torch.softmax.
+Source: MM-CAM's rollout R += A_bar R, of which only the CLS row is used (r A_bar, from the last layer to the first).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .backend import uses_triton
+from .launch import Launch, run
+from .reference.cls_relevance import check_cls_relevance
+from .reference.cls_relevance import cls_relevance as reference_cls_relevance
+
+HEAD_WIDTHS = (32, 64)
+MAX_LENGTH = 577
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Tiles(NamedTuple):
+    """block_keys: keys that a program owns (queries, for the row statistics); block_queries: width of its inner loop."""
+
+    block_keys: int
+    block_queries: int
+    num_warps: int
+    num_stages: int
+
+
+TILES = {
+    # (bytes per element, head width, more than 64 tokens): an inner loop of 32 pads little: 256 x 224 products for L = 197
+    (2, 64, False): Tiles(64, 64, 4, 1),
+    (2, 64, True): Tiles(64, 32, 4, 2),
+    (2, 32, False): Tiles(64, 64, 4, 1),
+    (2, 32, True): Tiles(64, 32, 4, 2),
+    (4, 64, False): Tiles(32, 32, 4, 1),
+    (4, 64, True): Tiles(32, 32, 4, 1),
+    (4, 32, False): Tiles(32, 16, 4, 1),
+    (4, 32, True): Tiles(32, 16, 4, 1),
+}
+"""Chosen by counted padding, registers and shared memory (see `cammask bench kernels --static`); not yet swept on a GPU."""
+
+
+@triton.jit
+def _load_rows(ptr, stride_row, rows, length, HEAD: tl.constexpr):
+    """Rows (BLOCK,) of a (length, HEAD) matrix, zero beyond the end."""
+    columns = tl.arange(0, HEAD)
+    return tl.load(ptr + rows[:, None] * stride_row + columns[None, :], mask=rows[:, None] < length, other=0.0)
+
+
+@triton.jit
+def _cls_relevance_statistics_fwd_kernel(
+    highest_ptr, log_sum_ptr, q_ptr, k_ptr,
+    stride_q_n, stride_q_a, stride_q_l, stride_k_n, stride_k_a, stride_k_l,
+    heads, length, scale,
+    HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Highest raw score of a query's row, and log2 sum exp2 of the scaled distances to it; scale holds log2(e) / sqrt(d)."""
+    image = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    queries = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q = _load_rows(q_ptr + image * stride_q_n + head * stride_q_a, stride_q_l, queries, length, HEAD)
+    k_base = k_ptr + image * stride_k_n + head * stride_k_a
+    highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    scale = tl.full((), scale, tl.float32)
+    for start in range(0, length, BLOCK_K):
+        keys = start + tl.arange(0, BLOCK_K)
+        k = _load_rows(k_base, stride_k_l, keys, length, HEAD)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = tl.where(keys[None, :] < length, scores, float("-inf"))
+        now_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        total = total * tl.exp2((highest - now_highest) * scale)
+        total += tl.sum(tl.exp2((scores - now_highest[:, None]) * scale), axis=1)
+        highest = now_highest
+    offset = (image * heads + head) * length
+    tl.store(highest_ptr + offset + queries, highest, mask=queries < length)
+    tl.store(log_sum_ptr + offset + queries, tl.log2(total), mask=queries < length)
+
+
+@triton.jit
+def _cls_relevance_fwd_kernel(
+    partial_ptr, relevance_ptr, q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, highest_ptr, log_sum_ptr,
+    stride_relevance_n, stride_relevance_l,
+    stride_q_n, stride_q_a, stride_q_l, stride_k_n, stride_k_a, stride_k_l,
+    stride_v_n, stride_v_a, stride_v_l, stride_grad_n, stride_grad_a, stride_grad_l,
+    stride_lse_n, stride_lse_a, stride_lse_l,
+    heads, length, scale,
+    HAS_LSE: tl.constexpr, HEAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sum over queries i of r_i P_ij relu(dP_ij) for BLOCK_K keys j of one head; tiles are transposed, (keys, queries)."""
+    image = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    keys = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = _load_rows(k_ptr + image * stride_k_n + head * stride_k_a, stride_k_l, keys, length, HEAD)
+    v = _load_rows(v_ptr + image * stride_v_n + head * stride_v_a, stride_v_l, keys, length, HEAD)
+    q_base = q_ptr + image * stride_q_n + head * stride_q_a
+    grad_base = grad_out_ptr + image * stride_grad_n + head * stride_grad_a
+    offset = (image * heads + head) * length
+    relevance_base = relevance_ptr + image * stride_relevance_n
+    scale = tl.full((), scale, tl.float32)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, length, BLOCK_Q):
+        queries = start + tl.arange(0, BLOCK_Q)
+        q = _load_rows(q_base, stride_q_l, queries, length, HEAD)
+        grad = _load_rows(grad_base, stride_grad_l, queries, length, HEAD)
+        r = tl.load(relevance_base + queries * stride_relevance_l, mask=queries < length, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        grads = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        if HAS_LSE:
+            lse_ptrs = lse_ptr + image * stride_lse_n + head * stride_lse_a + queries * stride_lse_l
+            lse = tl.load(lse_ptrs, mask=queries < length, other=0.0).to(tl.float32) * LOG2_E
+            exponents = scores * scale - lse[None, :]
+        else:
+            highest = tl.load(highest_ptr + offset + queries, mask=queries < length, other=0.0)
+            log_sum = tl.load(log_sum_ptr + offset + queries, mask=queries < length, other=0.0)
+            exponents = (scores - highest[None, :]) * scale - log_sum[None, :]
+        probabilities = tl.exp2(tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        positive = tl.maximum(grads, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        total += tl.sum(probabilities * positive * r[None, :], axis=1)
+    tl.store(partial_ptr + offset + keys, total, mask=keys < length)
+
+
+@triton.jit
+def _cls_relevance_row_fwd_kernel(
+    partial_ptr, relevance_ptr, q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr,
+    stride_relevance_n,
+    stride_q_n, stride_q_a, stride_k_n, stride_k_a, stride_k_l,
+    stride_v_n, stride_v_a, stride_v_l, stride_grad_n, stride_grad_a, stride_lse_n, stride_lse_a,
+    heads, length, scale,
+    HAS_LSE: tl.constexpr, HEAD: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The last layer: one query, the CLS token, of one head of one image; products of vectors in float32."""
+    image = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    columns = tl.arange(0, HEAD)
+    scale = tl.full((), scale, tl.float32)
+    q = tl.load(q_ptr + image * stride_q_n + head * stride_q_a + columns).to(tl.float32)
+    grad = tl.load(grad_out_ptr + image * stride_grad_n + head * stride_grad_a + columns).to(tl.float32)
+    k_base = k_ptr + image * stride_k_n + head * stride_k_a
+    v_base = v_ptr + image * stride_v_n + head * stride_v_a
+    r = tl.load(relevance_ptr + image * stride_relevance_n)
+    if HAS_LSE:
+        highest = tl.full((), 0.0, tl.float32)
+        log_sum = tl.load(lse_ptr + image * stride_lse_n + head * stride_lse_a).to(tl.float32) * LOG2_E
+    else:
+        highest = tl.full((), float("-inf"), tl.float32)
+        total = tl.full((), 0.0, tl.float32)
+        for start in range(0, length, BLOCK_K):
+            keys = start + tl.arange(0, BLOCK_K)
+            k = _load_rows(k_base, stride_k_l, keys, length, HEAD).to(tl.float32)
+            scores = tl.where(keys < length, tl.sum(k * q[None, :], axis=1), float("-inf"))
+            now_highest = tl.maximum(highest, tl.max(scores, axis=0))
+            total = total * tl.exp2((highest - now_highest) * scale)
+            total += tl.sum(tl.exp2((scores - now_highest) * scale), axis=0)
+            highest = now_highest
+        log_sum = tl.log2(total)
+    offset = (image * heads + head) * length
+    for start in range(0, length, BLOCK_K):
+        keys = start + tl.arange(0, BLOCK_K)
+        k = _load_rows(k_base, stride_k_l, keys, length, HEAD).to(tl.float32)
+        v = _load_rows(v_base, stride_v_l, keys, length, HEAD).to(tl.float32)
+        scores = tl.sum(k * q[None, :], axis=1)
+        exponents = (scores - highest) * scale - log_sum
+        probabilities = tl.exp2(tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        positive = tl.maximum(tl.sum(v * grad[None, :], axis=1), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(partial_ptr + offset + keys, probabilities * positive * r, mask=keys < length)
+
+
+@triton.jit
+def _cls_relevance_heads_fwd_kernel(
+    out_ptr, partial_ptr, relevance_ptr, stride_relevance_n, stride_relevance_l, heads, length, BLOCK_L: tl.constexpr
+):
+    """r + mean over heads of the partial sums, in the order of the heads."""
+    image = tl.program_id(0).to(tl.int64)
+    tokens = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    inside = tokens < length
+    total = tl.zeros((BLOCK_L,), tl.float32)
+    for head in range(0, heads):
+        total += tl.load(partial_ptr + (image * heads + head) * length + tokens, mask=inside, other=0.0)
+    r = tl.load(relevance_ptr + image * stride_relevance_n + tokens * stride_relevance_l, mask=inside, other=0.0)
+    tl.store(out_ptr + image * length + tokens, r + total / heads.to(tl.float32), mask=inside)
+
+
+def plan_cls_relevance(
+    out: Tensor,
+    partial: Tensor,
+    statistics: Tensor | None,
+    relevance: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    lse: Tensor | None,
+) -> list[Launch]:
+    """The launches of one layer. out: (N, L). partial: (N, A, L), scratch. statistics: (2, N, A, L), scratch, for full
+    layers without `lse`. Scratch and out are float32 and contiguous."""
+    count, heads, length, width = k.shape
+    rows = q.shape[2]
+    tiles = TILES[k.dtype.itemsize, width, length > 64]
+    precision = "ieee"  # float32 products stay float32; 16-bit inputs ignore it
+    scale = LOG2_E.value / math.sqrt(width)
+    common: dict[str, Any] = {
+        "relevance_ptr": relevance,
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "grad_out_ptr": grad_out,
+        "lse_ptr": lse,
+        "stride_relevance_n": relevance.stride(0),
+        "stride_q_n": q.stride(0),
+        "stride_q_a": q.stride(1),
+        "stride_k_n": k.stride(0),
+        "stride_k_a": k.stride(1),
+        "stride_k_l": k.stride(2),
+        "stride_v_n": v.stride(0),
+        "stride_v_a": v.stride(1),
+        "stride_v_l": v.stride(2),
+        "stride_grad_n": grad_out.stride(0),
+        "stride_grad_a": grad_out.stride(1),
+        "stride_lse_n": 0 if lse is None else lse.stride(0),
+        "stride_lse_a": 0 if lse is None else lse.stride(1),
+        "heads": heads,
+        "length": length,
+        "scale": scale,
+        "HAS_LSE": lse is not None,
+        "HEAD": width,
+    }
+    launches = []
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": True}
+    if rows == 1:
+        arguments = {"partial_ptr": partial, **common, "BLOCK_K": 64}
+        row_options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        launches.append(Launch(_cls_relevance_row_fwd_kernel, (count * heads,), arguments, row_options))
+    else:
+        if lse is None:
+            assert statistics is not None
+            names = ("q_ptr", "k_ptr", "stride_q_n", "stride_q_a", "stride_k_n", "stride_k_a", "stride_k_l", "heads", "length",
+                     "scale", "HEAD")  # fmt: skip
+            arguments = {"highest_ptr": statistics[0], "log_sum_ptr": statistics[1], "stride_q_l": q.stride(2)}
+            arguments |= {name: common[name] for name in names}
+            arguments |= {"BLOCK_Q": tiles.block_keys, "BLOCK_K": tiles.block_queries, "PRECISION": precision}
+            grid = (triton.cdiv(length, tiles.block_keys), count * heads)
+            launches.append(Launch(_cls_relevance_statistics_fwd_kernel, grid, arguments, options))
+        arguments = {
+            "partial_ptr": partial,
+            **common,
+            "highest_ptr": None if statistics is None else statistics[0],
+            "log_sum_ptr": None if statistics is None else statistics[1],
+            "stride_relevance_l": relevance.stride(1),
+            "stride_q_l": q.stride(2),
+            "stride_grad_l": grad_out.stride(2),
+            "stride_lse_l": 0 if lse is None else lse.stride(2),
+            "BLOCK_K": tiles.block_keys,
+            "BLOCK_Q": tiles.block_queries,
+            "PRECISION": precision,
+        }
+        grid = (triton.cdiv(length, tiles.block_keys), count * heads)
+        launches.append(Launch(_cls_relevance_fwd_kernel, grid, arguments, options))
+    arguments = {
+        "out_ptr": out,
+        "partial_ptr": partial,
+        "relevance_ptr": relevance,
+        "stride_relevance_n": relevance.stride(0),
+        "stride_relevance_l": relevance.stride(1),
+        "heads": heads,
+        "length": length,
+        "BLOCK_L": 256,
+    }
+    mean_options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    launches.append(Launch(_cls_relevance_heads_fwd_kernel, (count, triton.cdiv(length, 256)), arguments, mean_options))
+    return launches
+
+
+def cls_relevance_obstacle(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> str | None:
+    """Why the kernels cannot take this layer; None if they can."""
+    if relevance.dtype != torch.float32:
+        return f"relevance is {relevance.dtype}, the kernels take float32"
+    if k.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"q, k, v are {k.dtype}, the kernels take float32, float16 and bfloat16"
+    length, width = k.shape[2], k.shape[3]
+    if width not in HEAD_WIDTHS:
+        return f"heads are {width} wide, the kernels take {' and '.join(map(str, HEAD_WIDTHS))}"
+    if length > MAX_LENGTH:
+        return f"{length} tokens, the kernels take up to {MAX_LENGTH}"
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("grad_out", grad_out)):
+        if tensor.stride(3) != 1:
+            return f"{name} has stride {tensor.stride(3)} along the head, the kernels take 1"
+        if tensor.stride(2) * (length - 1) >= 2**31 - width:
+            return f"{name} spans 2**31 elements per head or more"
+    return None
+
+
+def launch_cls_relevance(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor | None) -> Tensor:
+    count, heads, length, _ = k.shape
+    out = torch.empty(count, length, dtype=torch.float32, device=k.device)
+    partial = torch.empty(count, heads, length, dtype=torch.float32, device=k.device)
+    needed = lse is None and q.shape[2] > 1
+    statistics = torch.empty(2, count, heads, length, dtype=torch.float32, device=k.device) if needed else None
+    run(plan_cls_relevance(out, partial, statistics, relevance, q, k, v, grad_out, lse))
+    return out
+
+
+@torch.library.custom_op(
+    "cammask::cls_relevance",
+    mutates_args=(),
+    schema="(Tensor relevance, Tensor q, Tensor k, Tensor v, Tensor grad_out, Tensor? lse) -> Tensor",
+)
+def _cls_relevance(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor | None) -> Tensor:
+    if uses_triton("cls_relevance", k.device, cls_relevance_obstacle(relevance, q, k, v, grad_out)):
+        return launch_cls_relevance(relevance, q, k, v, grad_out, lse)
+    return reference_cls_relevance(relevance, q, k, v, grad_out, lse=lse)
+
+
+@_cls_relevance.register_fake
+def _(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor | None) -> Tensor:
+    return torch.empty(relevance.shape, dtype=relevance.dtype, device=relevance.device)
+
+
+@register_flop_formula(torch.ops.cammask.cls_relevance)
+def cls_relevance_flops(
+    relevance_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, grad_shape: Any, lse_shape: Any = None, **_: Any
+) -> int:
+    """Two floating-point operations per multiply-add: Q K^T, dO V^T and the sum over queries, as in the reference; without lse
+    Q K^T once more for the row statistics, as the kernels recompute it."""
+    count, heads, length, width = k_shape
+    rows = q_shape[2]
+    product = 2 * count * heads * rows * length * width
+    return (2 if lse_shape is not None else 3) * product + 2 * count * rows * length
+
+
+def cls_relevance(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, *, lse: Tensor | None = None) -> Tensor:
+    """One layer of the CLS row of the relevance rollout: r + r A_bar, A_bar = mean over heads of P * relu(dP).
+
+    relevance: (N, L), float32 (float64 in plain PyTorch), the row r that came down from the layers above, e_CLS at the top.
+    k, v: (N, A, L, d) in float32, float16 or bfloat16, any strides; the kernels take stride 1 along d, as views of a packed
+    projection have it, d = 32 or 64 and L up to 577. q, grad_out: (N, A, L, d), or (N, A, 1, d) in the last layer, where only
+    the CLS row of the gradient is not zero; grad_out is the gradient of the class score at the attention output, before
+    out_proj. lse: float32 (N, A, rows of q), natural log of the softmax denominators of the scores Q K^T / sqrt(d), if at hand.
+    Returns (N, L) in relevance's dtype, accumulated in float32; no gradient. Raises ValueError, naming the argument, on other
+    shapes, dtypes or devices. Source: MM-CAM, read at its CLS row.
+    """
+    check_cls_relevance(relevance, q, k, v, grad_out, lse)
+    return torch.ops.cammask.cls_relevance(relevance, q, k, v, grad_out, lse)
