@@ -40,15 +40,11 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    # (bytes per element, head width, more than 64 tokens): an inner loop of 32 pads little: 256 x 224 products for L = 197
-    (2, 64, False): Tiles(64, 64, 4, 1),
-    (2, 64, True): Tiles(64, 32, 4, 2),
-    (2, 32, False): Tiles(64, 64, 4, 1),
-    (2, 32, True): Tiles(64, 32, 4, 2),
-    (4, 64, False): Tiles(32, 32, 4, 1),
-    (4, 64, True): Tiles(32, 32, 4, 1),
-    (4, 32, False): Tiles(32, 16, 4, 1),
-    (4, 32, True): Tiles(32, 16, 4, 1),
+    # (bytes per element, head width): an inner loop of 32 pads little: 256 x 224 products for L = 197
+    (2, 64): Tiles(64, 32, 4, 2),
+    (2, 32): Tiles(64, 32, 4, 2),
+    (4, 64): Tiles(32, 32, 4, 1),
+    (4, 32): Tiles(32, 16, 4, 1),
 }
 """Chosen by counted padding, registers and shared memory (see `cammask bench kernels --static`); not yet swept on a GPU."""
 
@@ -209,7 +205,7 @@ def plan_cls_relevance(
     layers without `lse`. Scratch and out are float32 and contiguous."""
     count, heads, length, width = k.shape
     rows = q.shape[2]
-    tiles = TILES[k.dtype.itemsize, width, length > 64]
+    tiles = TILES[k.dtype.itemsize, width]
     precision = "ieee"  # float32 products stay float32; 16-bit inputs ignore it
     scale = LOG2_E.value / math.sqrt(width)
     common: dict[str, Any] = {

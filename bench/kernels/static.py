@@ -1,0 +1,217 @@
+"""What every kernel needs on sm_80, sm_90 and sm_100, compiled without a GPU: `python -m bench kernels --static`.
+
+One row per kernel, configuration and architecture. Bytes are counted from shapes at batch 512: moved = what the launch loads and
+stores if no cache helped beyond one program; floor = every input once, every output once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from bench.kernels.aot import ARCHS, Compiled, compile_launch
+from cammask_fast.kernels.cls_relevance import plan_cls_relevance
+from cammask_fast.kernels.launch import Launch
+from cammask_fast.kernels.masked_fill import plan_counterfactual_batch, plan_masked_fill, plan_normalise
+from cammask_fast.kernels.patch_select import plan_patch_select
+
+RECORDS = Path(__file__).parent.parent / "results" / "static.jsonl"
+BATCH = 512
+REGISTER_SLACK = 8
+"""Registers that a kernel may gain over its record under the same Triton before a test fails."""
+ANY_VERSION = {"registers": 255, "shared": 100 * 1024}
+"""Budget under a Triton other than the recorded one."""
+
+
+class Arch(NamedTuple):
+    patches: int
+    patch_size: int
+    heads: int
+
+    @property
+    def length(self) -> int:
+        return self.patches + 1
+
+
+MODELS = {"ViT-B/32": Arch(49, 32, 12), "ViT-B/16": Arch(196, 16, 12), "ViT-L/14": Arch(256, 14, 16)}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+IMAGE = 224
+
+
+class Case(NamedTuple):
+    """One configuration. promises: `matrix` (matrix units), `wide` (16-byte loads and stores), or nothing beyond no spills."""
+
+    op: str
+    configuration: str
+    launch: int
+    """Position in the op's plan."""
+    promises: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.configuration} {self.launch}"
+
+
+def meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+def plan(op: str, configuration: str) -> list[Launch]:
+    """The launches of an op for a configuration such as `ViT-B/16 bf16 threshold nearest single nchw`."""
+    model, *options = configuration.split()
+    arch = MODELS[model]
+    dtype = next((DTYPES[o] for o in options if o in DTYPES), torch.float32)
+    if op == "cls_relevance":
+        width = 32 if "d32" in options else 64
+        packed = meta(BATCH, arch.length, 3 * arch.heads * width, dtype=dtype)
+        q, k, v = (part.unflatten(-1, (arch.heads, width)).transpose(1, 2) for part in packed.chunk(3, -1))
+        grad_out = meta(BATCH, arch.length, arch.heads, width, dtype=dtype).transpose(1, 2)
+        rows = slice(0, 1 if "last" in options else arch.length)
+        relevance, partial = meta(BATCH, arch.length), meta(BATCH, arch.heads, arch.length)
+        lse = meta(BATCH, arch.heads, arch.length) if "lse" in options else None
+        scratch = None if "last" in options or lse is not None else meta(2, BATCH, arch.heads, arch.length)
+        return plan_cls_relevance(relevance, partial, scratch, relevance, q[:, :, rows], k, v, grad_out[:, :, rows], lse)
+    relevance = meta(BATCH, arch.patches)
+    top_k = arch.patches // 2 if "top-k" in options else None
+    if op == "patch_select":
+        columns = 0 if top_k is None else arch.patches - top_k + 1
+        mask, counts = meta(BATCH, arch.patches, dtype=torch.bool), meta(BATCH, dtype=torch.int64)
+        kept = meta(BATCH, columns, dtype=torch.int64)
+        threshold = 0.3 if top_k is None else None
+        return plan_patch_select(relevance, mask, counts, kept, meta(BATCH, arch.patches), threshold=threshold, top_k=top_k)
+    images = meta(BATCH, 3, IMAGE, IMAGE) if "float" in options else meta(BATCH, IMAGE, IMAGE, 3, dtype=torch.uint8)
+    layout = "patches" if "patches" in options else "nchw"
+    shape = (BATCH, arch.patches, 3 * arch.patch_size**2) if layout == "patches" else (BATCH, 3, IMAGE, IMAGE)
+    out = meta(*shape, dtype=dtype)
+    if op == "normalise":
+        return plan_normalise(out, images, layout=layout, patch_size=arch.patch_size if layout == "patches" else None)
+    donors = None
+    if "constant" not in options:
+        donors = meta(BATCH, arch.patches, dtype=torch.int64) if "multi" in options else meta(BATCH, dtype=torch.int64)
+    if op == "masked_fill":
+        return plan_masked_fill(out, images, meta(BATCH, arch.patches, dtype=torch.bool), donors, layout=layout)
+    return plan_counterfactual_batch(
+        out,
+        images,
+        relevance,
+        donors,
+        threshold=None if top_k is not None else 0.3,
+        top_k=top_k,
+        upsample="bilinear" if "bilinear" in options else "nearest",
+        layout=layout,
+    )
+
+
+def cases() -> list[Case]:
+    """The checked table. `context` is an argument of the kernels, not a constant: each row serves object and context masks."""
+    found = []
+    for model, arch in MODELS.items():
+        wide = "wide" if arch.patch_size % 16 == 0 else ""
+        for dtype in DTYPES:
+            dots = "" if dtype == "fp32" else "matrix"
+            found += [Case("cls_relevance", f"{model} {dtype} statistics", 0, dots)]
+            found += [Case("cls_relevance", f"{model} {dtype} layer", 1, dots), Case("cls_relevance", f"{model} {dtype} last", 0, "")]
+            if model == "ViT-B/16":
+                found += [Case("cls_relevance", f"{model} {dtype} lse layer", 0, dots)]
+                found += [Case("cls_relevance", f"{model} {dtype} d32 layer", 1, dots)]
+                found += [Case("cls_relevance", f"{model} {dtype} d32 statistics", 0, dots)]
+            found += [Case("normalise", f"{model} {dtype} {layout}", 0, wide) for layout in ("nchw", "patches")]
+            found += [Case("masked_fill", f"{model} {dtype} single patches", 0, wide)]
+            found += [
+                Case("counterfactual_batch", f"{model} {dtype} {select} single {layout}", 0, "" if "bilinear" in select else wide)
+                for select in ("threshold nearest", "top-k nearest", "threshold bilinear")
+                for layout in ("nchw", "patches")
+            ]
+            found += [Case("counterfactual_batch", f"{model} {dtype} threshold nearest multi patches", 0, wide)]
+        found += [Case("counterfactual_batch", f"{model} bf16 threshold nearest constant patches", 0, wide)]
+        found += [Case("counterfactual_batch", f"{model} bf16 threshold nearest float single patches", 0, "")]
+        found += [Case("patch_select", f"{model} {select}", 0, "") for select in ("threshold", "top-k")]
+        found += [Case("cls_relevance", f"{model} fp32 heads", 2, "")]
+    return found
+
+
+def bytes_moved(case: Case) -> tuple[int, int]:
+    """(moved, floor) of one launch at batch 512."""
+    model, *options = case.configuration.split()
+    arch = MODELS[model]
+    item = next((DTYPES[o].itemsize for o in options if o in DTYPES), 4)
+    pixels = BATCH * 3 * IMAGE * IMAGE
+    if case.op == "patch_select":
+        floor = BATCH * (arch.patches * (4 + 4 + 1) + 8)
+        if "top-k" in options:
+            floor += BATCH * 8 * (arch.patches - arch.patches // 2 + 1)
+        chunks = 1 if "threshold" in options else 2
+        return floor + BATCH * arch.patches * 4 * chunks, floor
+    if case.op in ("normalise", "masked_fill", "counterfactual_batch"):
+        floor = pixels * ((4 if "float" in options else 1) + item)
+        return floor, floor  # each pixel is loaded once; maps, masks and donors are a thousandth of it
+    width = 32 if "d32" in options else 64
+    matrix, row = BATCH * arch.heads * arch.length * width * item, BATCH * arch.heads * arch.length * 4
+    launch = plan(case.op, case.configuration)[case.launch]
+    if "heads" in options:
+        return row + 2 * BATCH * arch.length * 4, row + 2 * BATCH * arch.length * 4
+    if "last" in options:
+        return 3 * matrix + row, 2 * matrix + row
+    tiles = launch.grid[0]
+    if "statistics" in options:
+        return matrix + tiles * matrix + 2 * row, 2 * matrix + 2 * row
+    return 2 * matrix + tiles * (2 * matrix + 2 * row) + row, 4 * matrix + 3 * row
+
+
+def _measure(job: tuple[Case, int]) -> Compiled:
+    case, arch = job
+    return compile_launch(plan(case.op, case.configuration)[case.launch], arch)
+
+
+def measure(jobs: Sequence[tuple[Case, int]], *, workers: int | None = None) -> list[Compiled]:
+    """Compile cases for architectures in worker processes."""
+    with ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_measure, jobs, chunksize=4))
+
+
+def records(*, workers: int | None = None) -> list[dict[str, Any]]:
+    """The whole table, a record per case and architecture."""
+    jobs = [(case, arch) for case in cases() for arch in ARCHS]
+    table = []
+    for (case, arch), built in zip(jobs, measure(jobs, workers=workers), strict=True):
+        moved, floor = bytes_moved(case)
+        table.append(
+            {
+                "op": case.op, "configuration": case.configuration, "launch": case.launch, "arch": f"sm_{arch}",
+                "promises": case.promises, **{k: v for k, v in built._asdict().items() if k != "seconds"},
+                "blocks_per_sm": built.blocks_per_sm(arch), "occupancy": round(built.occupancy(arch), 3),
+                "bytes_moved": moved, "bytes_floor": floor, "batch": BATCH, "triton": triton.__version__,
+            }
+        )  # fmt: skip
+    return table
+
+
+def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """A table for the terminal."""
+    lines = [
+        "| kernel | configuration | arch | registers | spills | stack | shared, B | occupancy | matrix | 16 B loads | 16 B stores "
+        "| moved / floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in table:
+        lines.append(
+            f"| {r['op']} | {r['configuration']} | {r['arch']} | {r['registers']} | {r['spill_bytes']} | {r['stack_bytes']} "
+            f"| {r['shared']} | {r['occupancy']:.0%} | {r['matrix']} | {r['wide_loads']}/{r['loads']} "
+            f"| {r['wide_stores']}/{r['stores']} | {r['bytes_moved'] / r['bytes_floor']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def recorded() -> dict[tuple[str, str], dict[str, Any]]:
+    """The committed table by (case name, arch)."""
+    lines = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    return {(f"{r['op']} {r['configuration']} {r['launch']}", r["arch"]): r for r in lines}
