@@ -9,6 +9,8 @@ row's highest score and the logarithm of its sum apart, so that confident attent
 Source: MM-CAM's rollout R += A_bar R, of which only the CLS row is used (r A_bar, from the last layer to the first).
 """
 
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+
 from __future__ import annotations
 
 import math
@@ -64,9 +66,10 @@ def _cls_relevance_statistics_fwd_kernel(
     HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Highest raw score of a query's row, and log2 sum exp2 of the scaled distances to it; scale holds log2(e) / sqrt(d)."""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    queries = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    tiles = tl.cdiv(length, BLOCK_Q)
+    image = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
+    queries = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q = _load_rows(q_ptr + image * stride_q_n + head * stride_q_a, stride_q_l, queries, length, HEAD)
     k_base = k_ptr + image * stride_k_n + head * stride_k_a
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -97,9 +100,10 @@ def _cls_relevance_fwd_kernel(
     HAS_LSE: tl.constexpr, HEAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sum over queries i of r_i P_ij relu(dP_ij) for BLOCK_K keys j of one head; tiles are transposed, (keys, queries)."""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    keys = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    tiles = tl.cdiv(length, BLOCK_K)
+    image = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
+    keys = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
     k = _load_rows(k_ptr + image * stride_k_n + head * stride_k_a, stride_k_l, keys, length, HEAD)
     v = _load_rows(v_ptr + image * stride_v_n + head * stride_v_a, stride_v_l, keys, length, HEAD)
     q_base = q_ptr + image * stride_q_n + head * stride_q_a
@@ -187,7 +191,7 @@ def _cls_relevance_heads_fwd_kernel(
     for head in range(0, heads):
         total += tl.load(partial_ptr + (image * heads + head) * length + tokens, mask=inside, other=0.0)
     r = tl.load(relevance_ptr + image * stride_relevance_n + tokens * stride_relevance_l, mask=inside, other=0.0)
-    tl.store(out_ptr + image * length + tokens, r + total / heads.to(tl.float32), mask=inside)
+    tl.store(out_ptr + image * length + tokens, r + total / tl.full((), heads, tl.float32), mask=inside)
 
 
 def plan_cls_relevance(
@@ -248,7 +252,7 @@ def plan_cls_relevance(
             arguments = {"highest_ptr": statistics[0], "log_sum_ptr": statistics[1], "stride_q_l": q.stride(2)}
             arguments |= {name: common[name] for name in names}
             arguments |= {"BLOCK_Q": tiles.block_keys, "BLOCK_K": tiles.block_queries, "PRECISION": precision}
-            grid = (triton.cdiv(length, tiles.block_keys), count * heads)
+            grid = (triton.cdiv(length, tiles.block_keys) * count * heads,)
             launches.append(Launch(_cls_relevance_statistics_fwd_kernel, grid, arguments, options))
         arguments = {
             "partial_ptr": partial,
@@ -263,7 +267,7 @@ def plan_cls_relevance(
             "BLOCK_Q": tiles.block_queries,
             "PRECISION": precision,
         }
-        grid = (triton.cdiv(length, tiles.block_keys), count * heads)
+        grid = (triton.cdiv(length, tiles.block_keys) * count * heads,)
         launches.append(Launch(_cls_relevance_fwd_kernel, grid, arguments, options))
     arguments = {
         "out_ptr": out,
@@ -291,6 +295,8 @@ def cls_relevance_obstacle(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, g
         return f"heads are {width} wide, the kernels take {' and '.join(map(str, HEAD_WIDTHS))}"
     if length > MAX_LENGTH:
         return f"{length} tokens, the kernels take up to {MAX_LENGTH}"
+    if relevance.stride(1) * (length - 1) >= 2**31:
+        return "relevance spans 2**31 elements per image or more"
     for name, tensor in (("q", q), ("k", k), ("v", v), ("grad_out", grad_out)):
         if tensor.stride(3) != 1:
             return f"{name} has stride {tensor.stride(3)} along the head, the kernels take 1"
@@ -317,7 +323,7 @@ def launch_cls_relevance(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, gra
 def _cls_relevance(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor | None) -> Tensor:
     if uses_triton("cls_relevance", k.device, cls_relevance_obstacle(relevance, q, k, v, grad_out)):
         return launch_cls_relevance(relevance, q, k, v, grad_out, lse)
-    return reference_cls_relevance(relevance, q, k, v, grad_out, lse=lse)
+    return reference_cls_relevance(relevance, q, k, v, grad_out, lse=lse).contiguous()
 
 
 @_cls_relevance.register_fake

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backend import uses_triton
 from .launch import Launch, run
+from .patch_select import divisor_of, rank_of
 from .reference.masked_fill import (
     CLIP_MEAN,
     CLIP_STD,
@@ -41,37 +42,6 @@ MAX_WIDTH = 4096
 PIXEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS_PER_PROGRAM = {16: 128, 2: 256, 1: 512}
 """Pixel groups that one program of four warps takes, by pixels per group."""
-
-
-@triton.jit
-def _order_key(c):
-    """int32 keys in the order of float32 values: -0.0 equals 0.0, every NaN is the greatest."""
-    bits = (c + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(c != c, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
-
-
-@triton.jit
-def _divisor(row_ptr, stride_patch, PATCHES: tl.constexpr, BLOCK_P: tl.constexpr):
-    """max over the patches of one image + 1e-8; NaN if any patch is NaN."""
-    patches = tl.arange(0, BLOCK_P)
-    row = tl.load(row_ptr + patches * stride_patch, mask=patches < PATCHES, other=float("-inf")).to(tl.float32)
-    any_nan = tl.max((row != row).to(tl.int32), axis=0) > 0
-    highest = tl.max(tl.where(row != row, float("-inf"), row), axis=0)
-    return tl.where(any_nan, float("nan"), highest) + 1e-8
-
-
-@triton.jit
-def _rank(c, patch, row_ptr, stride_patch, divisor, PATCHES: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK_P: tl.constexpr):
-    """How many patches of the image come before each of `patch` (BLOCK_X,): a higher c, or the same c and a lower index."""
-    key = _order_key(c)
-    rank = tl.zeros_like(patch)
-    for start in range(0, BLOCK_P, CHUNK_P):
-        others = start + tl.arange(0, CHUNK_P)
-        values = tl.load(row_ptr + others * stride_patch, mask=others < PATCHES, other=0.0).to(tl.float32)
-        other_key = _order_key(tl.div_rn(values, divisor))[None, :]
-        before = (other_key > key[:, None]) | ((other_key == key[:, None]) & (others[None, :] < patch[:, None]))
-        rank += tl.sum((before & (others < PATCHES)[None, :]).to(tl.int32), axis=1)
-    return rank
 
 
 @triton.jit
@@ -209,7 +179,7 @@ def _masked_fill_fwd_kernel(
             chosen = tl.load(row_ptr + patch * stride_select_patch, mask=exists, other=0) != 0
             masked = chosen[None, :, None]
         else:
-            divisor = _divisor(row_ptr, stride_select_patch, GRID_Y * GRID_X, BLOCK_P)
+            divisor = divisor_of(row_ptr, stride_select_patch, GRID_Y * GRID_X, BLOCK_P)
             if SELECT == "bilinear":
                 raw = _bilinear(row_ptr, stride_select_patch, row, column, y, x, GRID_Y, GRID_X, HEIGHT, WIDTH)
                 masked = (tl.div_rn(raw, divisor) > tl.full(raw.shape, threshold, tl.float32)) != (context != 0)
@@ -217,7 +187,7 @@ def _masked_fill_fwd_kernel(
                 raw = tl.load(row_ptr + patch * stride_select_patch, mask=exists, other=0.0).to(tl.float32)
                 c = tl.div_rn(raw, divisor)
                 if SELECT == "top_k":
-                    rank = _rank(c, patch, row_ptr, stride_select_patch, divisor, GRID_Y * GRID_X, BLOCK_P, CHUNK_P)
+                    rank = rank_of(c, patch, row_ptr, stride_select_patch, divisor, GRID_Y * GRID_X, CHUNK_P)
                     chosen = (rank < top_k) != (context != 0)
                 else:
                     chosen = (c > tl.full(c.shape, threshold, tl.float32)) != (context != 0)

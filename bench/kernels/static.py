@@ -1,7 +1,7 @@
 """What every kernel needs on sm_80, sm_90 and sm_100, compiled without a GPU: `python -m bench kernels --static`.
 
-One row per kernel, configuration and architecture. Bytes are counted from shapes at batch 512: moved = what the launch loads and
-stores if no cache helped beyond one program; floor = every input once, every output once.
+One row per kernel, configuration and architecture. Bytes are counted from shapes at batch 512: moved = what the programs of
+the launch load and store if no cache helped from one to the next; floor = every input once, every output once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ class Arch(NamedTuple):
         return self.patches + 1
 
 
-MODELS = {"ViT-B/32": Arch(49, 32, 12), "ViT-B/16": Arch(196, 16, 12), "ViT-L/14": Arch(256, 14, 16)}
+MODELS = {
+    "one-head": Arch(36, 8, 1),
+    "ViT-B/32": Arch(49, 32, 12),
+    "ViT-B/16": Arch(196, 16, 12),
+    "ViT-L/14": Arch(256, 14, 16),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IMAGE = 224
 
@@ -115,11 +120,16 @@ def cases() -> list[Case]:
     """The checked table. `context` is an argument of the kernels, not a constant: each row serves object and context masks."""
     found = []
     for model, arch in MODELS.items():
+        if model == "one-head":
+            continue
         wide = "wide" if arch.patch_size % 16 == 0 else ""
         for dtype in DTYPES:
             dots = "" if dtype == "fp32" else "matrix"
             found += [Case("cls_relevance", f"{model} {dtype} statistics", 0, dots)]
-            found += [Case("cls_relevance", f"{model} {dtype} layer", 1, dots), Case("cls_relevance", f"{model} {dtype} last", 0, "")]
+            found += [
+                Case("cls_relevance", f"{model} {dtype} layer", 1, dots),
+                Case("cls_relevance", f"{model} {dtype} last", 0, ""),
+            ]
             if model == "ViT-B/16":
                 found += [Case("cls_relevance", f"{model} {dtype} lse layer", 0, dots)]
                 found += [Case("cls_relevance", f"{model} {dtype} d32 layer", 1, dots)]
@@ -127,7 +137,9 @@ def cases() -> list[Case]:
             found += [Case("normalise", f"{model} {dtype} {layout}", 0, wide) for layout in ("nchw", "patches")]
             found += [Case("masked_fill", f"{model} {dtype} single patches", 0, wide)]
             found += [
-                Case("counterfactual_batch", f"{model} {dtype} {select} single {layout}", 0, "" if "bilinear" in select else wide)
+                Case(
+                    "counterfactual_batch", f"{model} {dtype} {select} single {layout}", 0, "" if "bilinear" in select else wide
+                )
                 for select in ("threshold nearest", "top-k nearest", "threshold bilinear")
                 for layout in ("nchw", "patches")
             ]
@@ -136,6 +148,8 @@ def cases() -> list[Case]:
         found += [Case("counterfactual_batch", f"{model} bf16 threshold nearest float single patches", 0, "")]
         found += [Case("patch_select", f"{model} {select}", 0, "") for select in ("threshold", "top-k")]
         found += [Case("cls_relevance", f"{model} fp32 heads", 2, "")]
+    for launch in range(3):  # a single head: Triton makes 1 a constant
+        found.append(Case("cls_relevance", f"one-head fp32 {('statistics', 'layer', 'heads')[launch]}", launch, ""))
     return found
 
 
@@ -161,7 +175,7 @@ def bytes_moved(case: Case) -> tuple[int, int]:
         return row + 2 * BATCH * arch.length * 4, row + 2 * BATCH * arch.length * 4
     if "last" in options:
         return 3 * matrix + row, 2 * matrix + row
-    tiles = launch.grid[0]
+    tiles = launch.grid[0] // (BATCH * arch.heads)
     if "statistics" in options:
         return matrix + tiles * matrix + 2 * row, 2 * matrix + 2 * row
     return 2 * matrix + tiles * (2 * matrix + 2 * row) + row, 4 * matrix + 3 * row
@@ -198,16 +212,16 @@ def records(*, workers: int | None = None) -> list[dict[str, Any]]:
 def markdown(table: Sequence[dict[str, Any]]) -> str:
     """A table for the terminal."""
     lines = [
-        "| kernel | configuration | arch | registers | spills | stack | shared, B | occupancy | matrix | 16 B loads | 16 B stores "
-        "| moved / floor |",
+        "| kernel | configuration | arch | registers | spills | stack | shared, B | occupancy | matrix | 16 B loads "
+        "| 16 B stores | moved / floor |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in table:
-        lines.append(
-            f"| {r['op']} | {r['configuration']} | {r['arch']} | {r['registers']} | {r['spill_bytes']} | {r['stack_bytes']} "
-            f"| {r['shared']} | {r['occupancy']:.0%} | {r['matrix']} | {r['wide_loads']}/{r['loads']} "
-            f"| {r['wide_stores']}/{r['stores']} | {r['bytes_moved'] / r['bytes_floor']:.2f} |"
-        )
+    lines += [
+        f"| {r['op']} | {r['configuration']} | {r['arch']} | {r['registers']} | {r['spill_bytes']} | {r['stack_bytes']} "
+        f"| {r['shared']} | {r['occupancy']:.0%} | {r['matrix']} | {r['wide_loads']}/{r['loads']} "
+        f"| {r['wide_stores']}/{r['stores']} | {r['bytes_moved'] / r['bytes_floor']:.2f} |"
+        for r in table
+    ]
     return "\n".join(lines)
 
 

@@ -43,8 +43,8 @@ def check_cls_relevance(
         raise ValueError(f"q: expected ({count}, {heads}, {length} or 1, {width}), got {tuple(q.shape)}")
     if grad_out.shape != q.shape:
         raise ValueError(f"grad_out: expected q's shape {tuple(q.shape)}, got {tuple(grad_out.shape)}")
-    if lse is not None and (lse.shape != (count, heads, rows) or not lse.is_floating_point()):
-        raise ValueError(f"lse: expected float32 ({count}, {heads}, {rows}), got {lse.dtype} {tuple(lse.shape)}")
+    if lse is not None and (lse.shape != (count, heads, rows) or lse.dtype != relevance.dtype):
+        raise ValueError(f"lse: expected {relevance.dtype} ({count}, {heads}, {rows}), got {lse.dtype} {tuple(lse.shape)}")
     for name, tensor in (("q", q), ("v", v), ("grad_out", grad_out)):
         if tensor.dtype != k.dtype:
             raise ValueError(f"{name}: expected k's dtype {k.dtype}, got {tensor.dtype}")

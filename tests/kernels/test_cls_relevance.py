@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -155,10 +156,11 @@ def test_other_arguments_that_do_not_fit_are_named() -> None:
         "v": (r, x, x, x.double(), x),
         "grad_out": (r, x, x, x, x.half()),
         "lse": (r, x, x, x, x, torch.zeros(2, 3, 8)),
+        "lse: expected torch.float32 (2, 3, 9), got torch.float16": (r, x, x, x, x, torch.zeros(2, 3, 9).half()),
     }.items():
         lse = arguments[5] if len(arguments) == 6 else None
         for function in (cls_relevance, kernel_cls_relevance):
-            with pytest.raises(ValueError, match=f"^{name}: expected"):
+            with pytest.raises(ValueError, match=f"^{re.escape(name)}"):
                 function(*arguments[:5], lse=lse)
     with pytest.raises(ValueError, match=r"^relevance: expected the device of k, cpu, got meta"):
         kernel_cls_relevance(r.to("meta"), x, x, x, x)
@@ -313,6 +315,8 @@ def test_the_op_is_registered_as_torch_wants_it(last: bool) -> None:
     inputs = layer(2, 2, 9, 32, dtype=torch.float32, last=last)
     op = torch.ops.cammask.cls_relevance.default
     torch.library.opcheck(op, (*inputs, None))
+    transposed = torch.rand(9, 2).T
+    torch.library.opcheck(op, (transposed, *inputs[1:], None))
     torch.library.opcheck(op, (*inputs, statistics(inputs[1], inputs[2])))
 
 
