@@ -80,7 +80,9 @@ class Compiled(NamedTuple):
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Signature, constants and attributes as Triton's launcher derives them; tensors count as 16-byte aligned."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         key = (position,)
