@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-full test lint clean
+.PHONY: demo demo-full test lint bench gpu clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,12 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/kernels
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench/kernels/bench_*.py --benchmark-only --benchmark-columns=min,median,max,rounds
+
+gpu: $(STAMP)
+	$(BIN)/python -m bench gpu --out gpu-records
 
 clean:
 	rm -rf $(VENV) demo demo-full

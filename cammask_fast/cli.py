@@ -7,9 +7,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import cammask_fast
 from cammask_fast import __version__
 from cammask_fast.config import METHODS, TrainConfig, load_recipe, recipe_names
 
@@ -34,8 +36,11 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, or 2 after an error and 130 after Ctrl-C, with one line on stderr."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = build_parser().parse_args(argv)
+        if arguments[:1] == ["bench"]:  # has its own parser
+            return run_bench(arguments[1:])
+        args = build_parser().parse_args(arguments)
         args.run(vars(args))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -115,6 +120,8 @@ def build_parser() -> Parser:
     _data(preview)
     preview.add_argument("--seed", type=int, default=0, help="seed of the benchmark's training images")
     preview.add_argument("--out", type=Path, default=Path("preview.png"), help="PNG file (default: %(default)s)")
+
+    commands.add_parser("bench", help="measurements, from a checkout: `cammask bench X` is `python -m bench X`")
     return parser
 
 
@@ -363,3 +370,12 @@ def run_preview(args: Options) -> None:
     args["out"].parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(args["out"], preview_rows(args["data"], seed=args["seed"]))
     print(f"written to {args['out']}")
+
+
+def run_bench(arguments: Sequence[str]) -> int:
+    """`python -m bench` of the checkout that this package belongs to; returns its exit code."""
+    checkout = Path(cammask_fast.__file__).resolve().parent.parent
+    if not (checkout / "bench" / "__main__.py").is_file():
+        raise ValueError("bench: needs a checkout of the repository, an installed package does not hold the benchmarks")
+    sys.path.insert(0, str(checkout))
+    return import_module("bench.__main__").main(arguments)
