@@ -30,7 +30,8 @@ def mm_cam(logits: Tensor, labels: Tensor, taps: Taps, *, start_layer: int = 0) 
     gradients = torch.autograd.grad(class_score(logits, labels), outputs, retain_graph=True)
     with torch.no_grad():
         keys = taps.keys[-1]
-        relevance = torch.zeros(keys.shape[0], keys.shape[2], dtype=keys.dtype, device=keys.device)
+        dtype = torch.promote_types(keys.dtype, torch.float32)  # the rollout stays float32 under 16-bit attention
+        relevance = torch.zeros(keys.shape[0], keys.shape[2], dtype=dtype, device=keys.device)
         relevance[:, 0] = 1.0
         for layer in reversed(range(start_layer, len(taps.outputs))):
             q, k, v = taps.queries[layer], taps.keys[layer], taps.values[layer]
