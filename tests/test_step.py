@@ -256,3 +256,12 @@ def test_single_precision_follows_double_precision() -> None:
     assert single.total.item() == pytest.approx(double.total.item(), rel=3e-5)
     assert wrong_gradients(small, expected, tolerance=3e-5) == {}
     assert F.cross_entropy(small(normalise(data.images)).logits, data.labels).item() == pytest.approx(single.task.item())
+
+
+def test_the_rollout_stays_float32_under_half_precision() -> None:
+    data, student = batch(), classifier(dtype=torch.bfloat16)
+    taps = Taps()
+    cam = mm_cam(student(normalise(data.images, dtype=torch.bfloat16), taps=taps).logits, data.labels, taps)
+    assert cam.dtype == torch.float32
+    assert cam.isfinite().all()
+    assert (cam > 0).any()
