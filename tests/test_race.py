@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench.step import race
+from bench.step.authors import build_authors_step
 from bench.step.memory import LiveStorages
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
@@ -47,7 +48,7 @@ def test_records_of_a_tiny_race(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_providers_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = race.build_authors_step
+    build = build_authors_step
 
     def wrong(*arguments: object) -> race.Step:
         step = build(*arguments)  # type: ignore[arg-type]
