@@ -86,7 +86,9 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         key = (position,)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_integer and specialised and value == 1):
             signature[parameter.name], constants[key] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
@@ -94,9 +96,9 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
                 attributes[key] = [["tt.divisibility", 16]]
         elif isinstance(value, bool):
             signature[parameter.name] = "u1"
-        elif isinstance(value, int):
+        elif is_integer:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if specialised and not parameter.do_not_specialize_on_alignment and value % 16 == 0:
                 attributes[key] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"

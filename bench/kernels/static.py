@@ -86,13 +86,15 @@ def plan(op: str, configuration: str) -> list[Launch]:
         scratch = None if "last" in options or lse is not None else meta(2, BATCH, arch.heads, arch.length)
         return plan_cls_relevance(relevance, partial, scratch, relevance, q[:, :, rows], k, v, grad_out[:, :, rows], lse)
     relevance = meta(BATCH, arch.patches)
-    top_k = arch.patches // 2 if "top-k" in options else None
+    top_k = _top_k(options, arch.patches)
     if op == "patch_select":
-        columns = 0 if top_k is None else arch.patches - top_k + 1
+        context = "context" in options
+        columns = 0 if top_k is None else (top_k if context else arch.patches - top_k) + 1
         mask, counts = meta(BATCH, arch.patches, dtype=torch.bool), meta(BATCH, dtype=torch.int64)
         kept = meta(BATCH, columns, dtype=torch.int64)
         threshold = 0.3 if top_k is None else None
-        return plan_patch_select(relevance, mask, counts, kept, meta(BATCH, arch.patches), threshold=threshold, top_k=top_k)
+        selector = meta(BATCH, arch.patches)
+        return plan_patch_select(relevance, mask, counts, kept, selector, threshold=threshold, top_k=top_k, context=context)
     images = meta(BATCH, 3, IMAGE, IMAGE) if "float" in options else meta(BATCH, IMAGE, IMAGE, 3, dtype=torch.uint8)
     layout = "patches" if "patches" in options else "nchw"
     shape = (BATCH, arch.patches, 3 * arch.patch_size**2) if layout == "patches" else (BATCH, 3, IMAGE, IMAGE)
@@ -116,8 +118,14 @@ def plan(op: str, configuration: str) -> list[Launch]:
     )
 
 
+def _top_k(options: Sequence[str], patches: int) -> int | None:
+    counts = {"top-k": patches // 2, "top-1": 1, "top-all": patches}
+    return next((counts[option] for option in options if option in counts), None)
+
+
 def cases() -> list[Case]:
-    """The checked table. `context` is an argument of the kernels, not a constant: each row serves object and context masks."""
+    """The checked table. `context` is an argument of counterfactual_batch that is never made a constant: a row of it serves
+    object and context masks, as its record says. patch_select is compiled for each."""
     found = []
     for model, arch in MODELS.items():
         if model == "one-head":
@@ -146,7 +154,11 @@ def cases() -> list[Case]:
             found += [Case("counterfactual_batch", f"{model} {dtype} threshold nearest multi patches", 0, wide)]
         found += [Case("counterfactual_batch", f"{model} bf16 threshold nearest constant patches", 0, wide)]
         found += [Case("counterfactual_batch", f"{model} bf16 threshold nearest float single patches", 0, "")]
-        found += [Case("patch_select", f"{model} {select}", 0, "") for select in ("threshold", "top-k")]
+        found += [
+            Case("patch_select", f"{model} {select}{masked}", 0, "")
+            for select in ("threshold", "top-k", "top-1", "top-all")
+            for masked in ("", " context")
+        ]
         found += [Case("cls_relevance", f"{model} fp32 heads", 2, "")]
     for launch in range(3):  # a single head: Triton makes 1 a constant
         found.append(Case("cls_relevance", f"one-head fp32 {('statistics', 'layer', 'heads')[launch]}", launch, ""))
@@ -161,9 +173,10 @@ def bytes_moved(case: Case) -> tuple[int, int]:
     pixels = BATCH * 3 * IMAGE * IMAGE
     if case.op == "patch_select":
         floor = BATCH * (arch.patches * (4 + 4 + 1) + 8)
-        if "top-k" in options:
-            floor += BATCH * 8 * (arch.patches - arch.patches // 2 + 1)
-        chunks = 1 if "threshold" in options else 2
+        top_k = _top_k(options, arch.patches)
+        if top_k is not None:
+            floor += BATCH * 8 * ((top_k if "context" in options else arch.patches - top_k) + 1)
+        chunks = 1 if top_k is None else 2
         return floor + BATCH * arch.patches * 4 * chunks, floor
     if case.op in ("normalise", "masked_fill", "counterfactual_batch"):
         floor = pixels * ((4 if "float" in options else 1) + item)
@@ -192,6 +205,13 @@ def measure(jobs: Sequence[tuple[Case, int]], *, workers: int | None = None) -> 
         return list(pool.map(_measure, jobs, chunksize=4))
 
 
+def masks(case: Case) -> str:
+    """The masks that the compiled code of a case makes; empty for a kernel that selects nothing."""
+    if case.op == "patch_select":
+        return "context" if "context" in case.configuration.split() else "object"
+    return "object and context" if case.op == "counterfactual_batch" else ""
+
+
 def records(*, workers: int | None = None) -> list[dict[str, Any]]:
     """The whole table, a record per case and architecture."""
     jobs = [(case, arch) for case in cases() for arch in ARCHS]
@@ -201,7 +221,7 @@ def records(*, workers: int | None = None) -> list[dict[str, Any]]:
         table.append(
             {
                 "op": case.op, "configuration": case.configuration, "launch": case.launch, "arch": f"sm_{arch}",
-                "promises": case.promises, **{k: v for k, v in built._asdict().items() if k != "seconds"},
+                "masks": masks(case), "promises": case.promises, **{k: v for k, v in built._asdict().items() if k != "seconds"},
                 "blocks_per_sm": built.blocks_per_sm(arch), "occupancy": round(built.occupancy(arch), 3),
                 "bytes_moved": moved, "bytes_floor": floor, "batch": BATCH, "triton": triton.__version__,
             }
