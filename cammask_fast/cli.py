@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import cammask_fast
 from cammask_fast import __version__
-from cammask_fast.config import METHODS, TrainConfig, load_recipe, recipe_names
+from cammask_fast.config import COMPILE, METHODS, PRECISIONS, TrainConfig, load_recipe, recipe_names
 
 if TYPE_CHECKING:  # torch and what needs it are imported where they are used: `cammask --help` answers at once
     from cammask_fast.data.sources import EvaluationSet, TrainingData
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch and what needs it are imported where they are used: `
 
 TRAIN_OPTIONS = (
     "method", "masking", "distill", "cam", "cam_start_layer", "upsample", "w_distill", "epochs", "batch_size",
-    "accumulate", "seed", "alpha",
+    "accumulate", "seed", "alpha", "precision", "compile",
 )  # fmt: skip
 
 Options = dict[str, Any]
@@ -76,26 +76,31 @@ def build_parser() -> Parser:
     _model(train)
     _class_text(train)
     _training(train)
-    _shared(train, out=(None, "folder of best.safetensors, last.safetensors and run.json (default: runs/METHOD-seedSEED)"))
+    folder = "folder of best.safetensors, last.safetensors and run.json (default: runs/METHOD-seedSEED)"
+    _shared(train, out=(None, folder), precisions=PRECISIONS)
 
     evaluate = command("evaluate", run_evaluate, "accuracy of a checkpoint on a folder of images or the benchmark's test sets")
     evaluate.add_argument("--checkpoint", type=Path, required=True)
     evaluate.add_argument("--arch", help="refuse a checkpoint of any other architecture")
     _data(evaluate, table=True)
-    _shared(evaluate)
+    _shared(evaluate, precisions=PRECISIONS)
 
     zeroshot = command("zeroshot", run_zeroshot, "accuracy of a pre-trained CLIP without any training")
     _data(zeroshot, table=True)
     _model(zeroshot)
     _class_text(zeroshot)
-    _shared(zeroshot)
+    _shared(zeroshot, precisions=PRECISIONS)
 
     wise = command("wise-ft", run_wise_ft, "evaluate interpolations between zero-shot and fine-tuned weights")
     wise.add_argument("--start", type=Path, required=True, help="zero-shot checkpoint: `train --method zeroshot` writes one")
     wise.add_argument("--end", type=Path, required=True, help="fine-tuned checkpoint: last.safetensors of `train --method ft`")
     wise.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="ALPHA")
     _data(wise, table=True)
-    _shared(wise, out=(None, "folder for one checkpoint per alpha, alpha-0.50.safetensors (default: none is written)"))
+    _shared(
+        wise,
+        out=(None, "folder for one checkpoint per alpha, alpha-0.50.safetensors (default: none is written)"),
+        precisions=PRECISIONS,
+    )
 
     mask = command("mask", run_mask, "CAM, masks and counterfactuals of photographs for any text prompt, as a PNG")
     mask.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
@@ -144,13 +149,21 @@ def _class_text(parser: Parser) -> None:
     parser.add_argument("--templates", type=Path, metavar="FILE", help="a prompt template with {} per line")
 
 
-def _shared(parser: Parser, *, out: tuple[str | None, str] | None = None, devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
+def _shared(
+    parser: Parser,
+    *,
+    out: tuple[str | None, str] | None = None,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    precisions: tuple[str, ...] = ("fp32",),
+) -> None:
     if out is not None:
         default, text = out
         default_text = f" (default: {default})" if default else ""
         parser.add_argument("--out", type=Path, default=default and Path(default), help=text + default_text)
     parser.add_argument("--device", choices=devices, help="default: cuda where the command and the machine have it")
-    parser.add_argument("--precision", choices=("fp32",), default="fp32")
+    automatic = "auto" in precisions
+    text = "type of the products; auto (default): bf16 on cuda, else fp32" if automatic else "only fp32 here"
+    parser.add_argument("--precision", choices=precisions, default=None if automatic else "fp32", help=text)
 
 
 def _training(parser: Parser) -> None:
@@ -166,6 +179,8 @@ def _training(parser: Parser) -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--accumulate", type=int, help="micro-batches per optimiser step")
+    text = "the step as one compiled graph: a mode of torch.compile, or off (default: default on cuda, else off)"
+    parser.add_argument("--compile", nargs="?", const="default", choices=COMPILE, metavar="MODE", help=text)
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--alpha", type=float, help="WiSE-FT's share of the fine-tuned weights")
     parser.add_argument("--seed", type=int)
@@ -274,7 +289,7 @@ def run_evaluate(args: Options) -> None:
         args["data"], image_size=description.vit.image_size, workers=args["workers"],
         class_folders=description.run.get("class_folders", description.class_names),
     )  # fmt: skip
-    print_scores(scores(model.to(device), sets, device), sets, as_json=args["json"])
+    print_scores(scores(model.to(device), sets, args), sets, as_json=args["json"])
 
 
 def run_zeroshot(args: Options) -> None:
@@ -287,13 +302,17 @@ def run_zeroshot(args: Options) -> None:
     folders = next(iter(sets.values())).class_folders
     names = folders if args["data"] == BENCHMARK else read_class_names(args["class_names"], folders)
     model = zero_shot_model(arch, args["pretrained"], names, args["templates"], device)
-    print_scores(scores(model, sets, device), sets, as_json=args["json"])
+    print_scores(scores(model, sets, args), sets, as_json=args["json"])
 
 
-def scores(model: Classifier, sets: Mapping[str, EvaluationSet], device: str) -> dict[str, float]:
-    """Accuracy in percent on every set."""
+def scores(model: Classifier, sets: Mapping[str, EvaluationSet], args: Options) -> dict[str, float]:
+    """Accuracy in percent on every set, in the precision asked for."""
     from cammask_fast.evaluate import accuracy
+    from cammask_fast.precision import product_dtype, resolve, use_matrix_units
 
+    device, precision = device_of(args), args["precision"] or "auto"
+    use_matrix_units(resolve(precision, device))
+    model = model.stored_in(product_dtype(precision, model.head.weight))
     return {name: accuracy(model, one.loader, device=device) for name, one in sets.items()}
 
 
@@ -321,7 +340,7 @@ def run_wise_ft(args: Options) -> None:
         class_folders=description.run.get("class_folders", description.class_names),
     )  # fmt: skip
 
-    curve = sweep(start.to(device), end.to(device), args["alphas"], lambda model: scores(model, sets, device))
+    curve = sweep(start.to(device), end.to(device), args["alphas"], lambda model: scores(model, sets, args))
     fine_tuned = {name: value.clone() for name, value in end.state_dict().items()}
     for alpha in args["alphas"] if args["out"] is not None else ():
         end.load_state_dict(interpolate(start.state_dict(), fine_tuned, alpha))

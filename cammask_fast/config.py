@@ -9,6 +9,9 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
 
+PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+COMPILE = ("auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -86,6 +89,11 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches per optimiser step; each holds batch_size / accumulate images."""
     seed: int = 0
+    precision: str = "auto"
+    """Type of the products: `bf16` (float32 master weights, norms, losses, relevance and optimiser), `tf32` (float32 whose
+    products run on TF32 matrix units where there are any), `fp32`, or `auto`: bf16 on CUDA, fp32 elsewhere."""
+    compile: str = "auto"
+    """The step as one compiled graph: a mode of torch.compile, `off` (eager), or `auto`: `default` on CUDA, `off` elsewhere."""
     alpha: float = 0.5
     """WiSE-FT's share of the fine-tuned weights."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -95,6 +103,8 @@ class TrainConfig:
         _one_of(self, "distill", ("", "fd", "kd"))
         _one_of(self, "cam", ("mm-cam", "grad-cam"))
         _one_of(self, "upsample", ("nearest", "bilinear"))
+        _one_of(self, "precision", PRECISIONS)
+        _one_of(self, "compile", COMPILE)
         _positive(self, "epochs", "batch_size", "accumulate", "kd_temperature")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: {self.accumulate} does not divide the batch size {self.batch_size}")

@@ -16,7 +16,7 @@ def accuracy(model: Classifier, loader: Loader, *, device: torch.device | str = 
     count = 0
     for batch in loader:
         batch = batch.to(device)
-        logits = model(normalise(batch.images, dtype=model.head.weight.dtype)).logits
+        logits = model(normalise(batch.images, dtype=model.visual.conv1.weight.dtype)).logits
         right += (logits.argmax(1) == batch.labels).sum()
         count += len(batch.labels)
     if not count:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from cammask_fast.config import TrainConfig
 from cammask_fast.model.classifier import Classifier
-from cammask_fast.optim import build_optimizer, build_schedule
+from cammask_fast.optim import FlatAdamW, build_optimizer, build_schedule
 
 
 @dataclass
@@ -19,22 +19,27 @@ class TrainState:
     """Student, optimiser, schedule, generator of the masking draws, and the best checkpoint so far."""
 
     student: Classifier
-    optimizer: AdamW
-    schedule: OneCycleLR
+    optimizer: AdamW | FlatAdamW
+    schedule: OneCycleLR | None
+    """None with `FlatAdamW`, which carries its own."""
     generator: torch.Generator
     step: int = 0
     best_accuracy: float = float("-inf")
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, student: Classifier, config: TrainConfig, *, steps_per_epoch: int) -> TrainState:
-        """Freeze what the method does not train and build the optimiser for the rest."""
+    def create(cls, student: Classifier, config: TrainConfig, *, steps_per_epoch: int, compiled: bool = False) -> TrainState:
+        """Freeze what the method does not train and build the optimiser for the rest: torch's AdamW for the eager step,
+        `FlatAdamW`, of which the parameters become views, for the compiled one."""
         student.requires_grad_(config.resolved.trained == "all")
         student.head.requires_grad_(True)
-        device = student.head.weight.device
+        generator = torch.Generator(student.head.weight.device).manual_seed(config.seed)
+        total_steps = config.epochs * steps_per_epoch
+        if compiled:
+            trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+            return cls(student, FlatAdamW(trained, config.optim, total_steps=total_steps), None, generator)
         optimizer = build_optimizer(student.parameters(), config.optim)
-        schedule = build_schedule(optimizer, config.optim, total_steps=config.epochs * steps_per_epoch)
-        return cls(student, optimizer, schedule, torch.Generator(device).manual_seed(config.seed))
+        return cls(student, optimizer, build_schedule(optimizer, config.optim, total_steps=total_steps), generator)
 
     def keep_if_best(self, accuracy: float, *, take_last: bool) -> None:
         """Remember the weights when `accuracy` (percent) is the best so far, or always (WiSE-FT takes the last)."""

@@ -1,25 +1,34 @@
-"""One training step: losses and gradients of every method, with as little arithmetic as eager autograd allows.
+"""One training step of every method: losses, gradients and the update, with the least arithmetic the method allows.
 
-One clean forward serves the CAM and the task loss; the CAM's pullback computes no weight gradients; the clean graph is freed
-before the masked forward begins.
+The step is written once, over `Pass`: a forward of the student that can be differentiated at its taps and at its weights.
+Eagerly a pass is autograd's graph; in the compiled step it is `torch.func.vjp`, which traces into one flat graph. One clean
+forward serves the CAM and the task loss; the CAM's pullback computes no weight gradients; the clean graph is gone before the
+masked forward begins.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call, grad_and_value, vjp
+from torch.nn.utils import clip_grad_norm_
 
-from cammask_fast.cam import grad_cam, mm_cam
+from cammask_fast.cam import cls_rollout, weighted_activation
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
-from cammask_fast.masking import Draws, Strategy, draw_masking, masked_input, parse_strategy
-from cammask_fast.model.classifier import Classifier, Prediction
-from cammask_fast.model.vit import Taps
+from cammask_fast.masking import Draws, MaskedInput, Strategy, draw_masking, masked_input, parse_strategy
+from cammask_fast.model.classifier import Classifier, Prediction, compute_weights
+from cammask_fast.model.vit import Taps, ViTConfig
+from cammask_fast.optim import FlatAdamW
+from cammask_fast.precision import product_dtype
+from cammask_fast.state import TrainState
 
 
 class Losses(NamedTuple):
@@ -36,6 +45,38 @@ class Step(Protocol):
     def __call__(self, batch: Batch, draws: Draws | None, *, scale: float = 1.0) -> Losses: ...
 
 
+class TrainStep(Protocol):
+    """One optimiser step over micro-batches and their draws: gradients, clipping, update, schedule. Returns the mean losses."""
+
+    def __call__(self, parts: Sequence[tuple[Batch, Draws | None]]) -> Losses: ...
+
+
+class Cotangents(NamedTuple):
+    """Gradients of a loss at a prediction, (N, E) and (N, K); None where the loss does not read it."""
+
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Pass(NamedTuple):
+    """One forward of the student. tap_gradients: from a cotangent (N, K) of the logits to the gradients at the taps, without
+    any weight gradient. pull_back: from cotangents to weight gradients, added to those of the step; the pass's last call."""
+
+    prediction: Prediction
+    taps: Taps | None
+    tap_gradients: Callable[[Tensor], Sequence[Tensor]]
+    pull_back: Callable[[Cotangents], None]
+
+
+class Forward(Protocol):
+    """Runs the student on normalised patches (N, P, 3 * p * p); with `tapped` the CAM's taps can be differentiated."""
+
+    def __call__(self, patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass: ...
+
+
+Body = Callable[[Forward, Classifier | None, Batch, Draws | None, float], Losses]
+
+
 def build_strategy(config: TrainConfig) -> Strategy | None:
     """The masking strategy of a run, or None for clean images."""
     masking = config.resolved.masking
@@ -43,62 +84,245 @@ def build_strategy(config: TrainConfig) -> Strategy | None:
 
 
 def build_step(student: Classifier, teacher: Classifier | None, config: TrainConfig) -> Step:
-    """The step of a method. teacher: frozen, needed where the method distils. Raises ValueError on what cannot work."""
+    """The gradients of a method, eagerly. teacher: frozen, needed where the method distils, kept once in the type of the
+    products. Raises ValueError on what cannot work."""
+    dtype = product_dtype(config.precision, student.head.weight)
+    body, stored = _body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
+
+    def step(batch: Batch, draws: Draws | None, *, scale: float = 1.0) -> Losses:
+        return body(_eager_forward(student, config, dtype), stored, batch, draws, scale)
+
+    return step
+
+
+def build_train_step(
+    state: TrainState,
+    teacher: Classifier | None,
+    config: TrainConfig,
+    *,
+    backend: Callable[..., Any] | str = "inductor",
+) -> TrainStep:
+    """The whole optimiser step of `state`: eager over torch's AdamW, one graph over `FlatAdamW`.
+
+    config.compile, backend: mode and backend of torch.compile. The compiled step takes the batch, its draws and the optimiser's
+    tensors and changes the latter in place; nothing leaves the device, and only another number of images makes another graph.
+    With several micro-batches their gradients are one graph and the update another. Raises ValueError on settings that cannot
+    work.
+    """
+    optimizer = state.optimizer
+    if isinstance(optimizer, FlatAdamW):
+        return _compiled_train_step(state.student, optimizer, teacher, config, backend=backend)
+    gradients, schedule = build_step(state.student, teacher, config), state.schedule
+    assert schedule is not None
+    trained = [p for p in state.student.parameters() if p.requires_grad]
+
+    def train_step(parts: Sequence[tuple[Batch, Draws | None]]) -> Losses:
+        optimizer.zero_grad(set_to_none=True)
+        losses = _mean([gradients(batch, draws, scale=1 / len(parts)) for batch, draws in parts])
+        clip_grad_norm_(trained, config.optim.clip_norm)
+        optimizer.step()
+        schedule.step()
+        return losses
+
+    return train_step
+
+
+def _compiled_train_step(
+    student: Classifier,
+    optimizer: FlatAdamW,
+    teacher: Classifier | None,
+    config: TrainConfig,
+    *,
+    backend: Callable[..., Any] | str,
+) -> TrainStep:
+    dtype = product_dtype(config.precision, student.head.weight)
+    body, stored = _body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
+    frozen = compute_weights({n: p for n, p in student.named_parameters() if not p.requires_grad}, dtype)
+
+    def gradients(batch: Batch, draws: Draws | None, scale: float) -> tuple[Tensor, Losses]:
+        found: list[dict[str, Tensor]] = []
+        forward = _functional_forward(student, optimizer.weights(), frozen, config, dtype, found)
+        losses = body(forward, stored, batch, draws, scale)
+        return torch.cat([sum((g[name] for g in found[1:]), found[0][name]).flatten() for name in optimizer.names]), losses
+
+    def whole(batch: Batch, draws: Draws | None) -> Losses:
+        gradient, losses = gradients(batch, draws, 1.0)
+        optimizer.update(gradient)
+        return losses
+
+    def graph(function: Callable[..., Any]) -> Callable[..., Any]:
+        mode = "default" if config.compile in ("auto", "off") else config.compile
+        kwargs = {"mode": mode} if backend == "inductor" else {}
+        return torch.compile(function, fullgraph=True, backend=backend, **kwargs)  # type: ignore[call-overload]
+
+    for tensor in (optimizer.flat, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step):
+        torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place
+    one_graph, part, update = graph(whole), graph(gradients), graph(optimizer.update)
+
+    @torch.no_grad()
+    def train_step(parts: Sequence[tuple[Batch, Draws | None]]) -> Losses:
+        if len(parts) == 1:
+            return Losses(*one_graph(*parts[0]))
+        total, losses = torch.zeros_like(optimizer.flat), []
+        for batch, draws in parts:
+            gradient, loss = part(batch, draws, 1 / len(parts))
+            total.add_(gradient)
+            losses.append(Losses(*(scalar.clone() for scalar in loss)))  # a CUDA graph writes its results to one place
+        update(total)
+        return _mean(losses)
+
+    return train_step
+
+
+def _mean(losses: Sequence[Losses]) -> Losses:
+    return Losses(*(torch.stack(part).mean() for part in zip(*losses, strict=True))) if len(losses) > 1 else losses[0]
+
+
+def _body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> Body:
+    """The step over any `Forward`: clean forward, CAM, task pullback, counterfactual, teacher, masked forward and pullback."""
     method, strategy = config.resolved, build_strategy(config)
-    vit = student.visual.config
     if method.trained == "none":
         raise ValueError(f"method {config.method!r} trains nothing; use `cammask evaluate` or `cammask zeroshot`")
     if strategy is not None and strategy.threshold is None:
         strategy.k(vit.patches)
     if config.cam_start_layer >= vit.layers:
         raise ValueError(f"cam_start_layer: expected 0..{vit.layers - 1} for this model, got {config.cam_start_layer}")
+    layout: dict[str, Any] = {"dtype": dtype, "layout": "patches"}
 
-    def distance(ours: Prediction, theirs: Prediction) -> Tensor:
+    def task_loss(prediction: Prediction, labels: Tensor, weight: float) -> tuple[Tensor, Cotangents]:
+        gradient, loss = grad_and_value(F.cross_entropy)(prediction.logits, labels)
+        return loss, Cotangents(logits=weight * gradient)
+
+    def distillation(ours: Prediction, theirs: Prediction, weight: float) -> tuple[Tensor, Cotangents]:
         if method.distill == "fd":
-            return feature_distillation(ours.features, theirs.features)
-        return logit_distillation(ours.logits, theirs.logits, temperature=config.kd_temperature)
+            gradient, loss = grad_and_value(feature_distillation)(ours.features, theirs.features)
+            return loss, Cotangents(features=weight * gradient)
+        distance = partial(logit_distillation, temperature=config.kd_temperature)
+        gradient, loss = grad_and_value(distance)(ours.logits, theirs.logits)
+        return loss, Cotangents(logits=weight * gradient)
 
-    def relevance(logits: Tensor, labels: Tensor, taps: Taps) -> Tensor:
-        if config.cam == "grad-cam":
-            return grad_cam(logits, labels, taps)
-        return mm_cam(logits, labels, taps, start_layer=config.cam_start_layer)
+    def relevance(clean: Pass, labels: Tensor) -> Tensor:
+        assert clean.taps is not None
+        score = F.one_hot(labels, clean.prediction.logits.shape[1]).to(
+            clean.prediction.logits.dtype
+        )  # of the class scores' sum
+        gradients = clean.tap_gradients(score)
+        return weighted_activation(clean.taps, gradients[0]) if config.cam == "grad-cam" else cls_rollout(clean.taps, gradients)
 
-    def step(batch: Batch, draws: Draws | None, *, scale: float = 1.0) -> Losses:
-        taps = Taps() if strategy is not None and strategy.needs_cam else None
-        clean = normalise(batch.images, dtype=student.head.weight.dtype)
-        prediction = student(clean, taps=taps)
-        task = F.cross_entropy(prediction.logits, batch.labels)
+    def body(forward: Forward, teacher: Classifier | None, batch: Batch, draws: Draws | None, scale: float) -> Losses:
+        patches = normalise(batch.images, patch_size=vit.patch_size, **layout)
+        clean = forward(patches, tapped=strategy is not None and strategy.needs_cam)
+        task, cotangents = task_loss(clean.prediction, batch.labels, config.w_task * scale)
         if method.distill == "none":
-            (config.w_task * scale * task).backward()
-            return _detached(config, task, torch.zeros_like(task))
+            clean.pull_back(cotangents)
+            return _losses(config, task, torch.zeros_like(task))
         assert teacher is not None
+        weight = config.w_distill * scale
         if strategy is None:
             with torch.no_grad():
-                target = teacher(clean)
-            distill = distance(prediction, target)
-            ((config.w_task * task + config.w_distill * distill) * scale).backward()
-            return _detached(config, task, distill)
-        cam = None if taps is None else relevance(prediction.logits, batch.labels, taps)
-        (config.w_task * scale * task).backward()
+                theirs = teacher(patches)
+            distill, more = distillation(clean.prediction, theirs, weight)
+            clean.pull_back(_add(cotangents, more))
+            return _losses(config, task, distill)
         assert draws is not None
-        masked = masked_input(batch.images, cam, strategy, draws, grid=vit.grid, dtype=clean.dtype)
-        del prediction, taps
-        pixels = clean if masked.pixels is None else masked.pixels
+        cam = relevance(clean, batch.labels) if strategy.needs_cam else None
+        clean.pull_back(cotangents)
+        del clean
+        masked = masked_input(batch.images, cam, strategy, draws, grid=vit.grid, **layout)
+        seen = patches if masked.pixels is None else masked.pixels
         with torch.no_grad():
-            target = teacher(pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
-        ours = student(pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
-        distill = distance(ours, target)
+            theirs = teacher(seen, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
+        ours = forward(seen, masked)
+        distill, cotangents = distillation(ours.prediction, theirs, weight)
         if cam is not None:  # NaN compares as not masked: let it reach the loss instead of passing silently
             distill = distill.masked_fill(~cam.isfinite().all(), torch.nan)
-        (config.w_distill * scale * distill).backward()
-        return _detached(config, task, distill)
+        ours.pull_back(cotangents)
+        return _losses(config, task, distill)
 
-    return step
+    return body
 
 
-def _detached(config: TrainConfig, task: Tensor, distill: Tensor) -> Losses:
-    task, distill = task.detach(), distill.detach()
+def _add(one: Cotangents, other: Cotangents) -> Cotangents:
+    return Cotangents(*(a if b is None else b if a is None else a + b for a, b in zip(one, other, strict=True)))
+
+
+def _losses(config: TrainConfig, task: Tensor, distill: Tensor) -> Losses:
     return Losses(config.w_task * task + config.w_distill * distill, task, distill)
+
+
+def _eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) -> Forward:
+    """Passes over autograd's graph; weight gradients go to `.grad`."""
+    call: Callable[..., Prediction] = student
+    if student.visual.conv1.weight.dtype != dtype:
+        call = partial(functional_call, student, compute_weights(dict(student.named_parameters()), dtype))
+
+    def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass:
+        taps = Taps() if tapped else None
+        tokens = {} if masked is None else {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}
+        if isinstance(call, Classifier):
+            prediction = call(patches, taps=taps, **tokens)
+        else:
+            prediction = call((patches,), {"taps": taps, **tokens})
+
+        def tap_gradients(score: Tensor) -> Sequence[Tensor]:
+            assert taps is not None
+            at: list[Any] = [taps.last_ln_1] if config.cam == "grad-cam" else taps.outputs[config.cam_start_layer :]
+            return torch.autograd.grad(prediction.logits, at, score, retain_graph=True)
+
+        def pull_back(cotangents: Cotangents) -> None:
+            used = [(out, cot) for out, cot in zip(prediction, cotangents, strict=True) if cot is not None]
+            torch.autograd.backward([out for out, _ in used], [cot for _, cot in used])
+
+        detached = Prediction(prediction.features.detach(), prediction.logits.detach())
+        return Pass(detached, taps and taps.detached(), tap_gradients, pull_back)
+
+    return forward
+
+
+def _functional_forward(
+    student: Classifier,
+    trained: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    config: TrainConfig,
+    dtype: torch.dtype,
+    found: list[dict[str, Tensor]],
+) -> Forward:
+    """Passes over `torch.func.vjp`, which the compiler sees through; every pullback appends its weight gradients to `found`."""
+    vit = student.visual.config
+
+    def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass:
+        tokens = {} if masked is None else {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}
+        zeros = partial(torch.zeros, dtype=dtype, device=patches.device)
+        probes: list[Tensor] = []
+        if tapped and config.cam == "grad-cam":
+            probes = [zeros(len(patches), vit.patches + 1, vit.width)]
+        elif tapped:
+            rows = [vit.patches + 1] * (vit.layers - 1) + [1]
+            probes = [zeros(len(patches), vit.heads, row, vit.width // vit.heads) for row in rows]
+
+        def run(weights: Mapping[str, Tensor], probes: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[Any]]:
+            taps = None
+            if tapped:
+                taps = Taps(ln_1_probe=probes[0]) if config.cam == "grad-cam" else Taps(output_probes=probes)
+            given = {**frozen, **compute_weights(weights, dtype)}
+            prediction = functional_call(student, given, (patches,), {"taps": taps, **tokens})
+            tapped_values = [] if taps is None else [taps.queries, taps.keys, taps.values, taps.last_ln_1]
+            return (prediction.features, prediction.logits), tapped_values
+
+        (features, logits), pullback, values = vjp(run, trained, probes, has_aux=True)  # type: ignore[misc]
+
+        def tap_gradients(score: Tensor) -> Sequence[Tensor]:
+            gradients = pullback((torch.zeros_like(features), score))[1]
+            return gradients if config.cam == "grad-cam" else gradients[config.cam_start_layer :]
+
+        def pull_back(cotangents: Cotangents) -> None:
+            given = (torch.zeros_like(out) if c is None else c for out, c in zip((features, logits), cotangents, strict=True))
+            found.append(pullback(tuple(given))[0])
+
+        taps = Taps(queries=values[0], keys=values[1], values=values[2], last_ln_1=values[3]) if tapped else None
+        return Pass(Prediction(features, logits), taps, tap_gradients, pull_back)
+
+    return forward
 
 
 def draw_for_step(strategy: Strategy | None, batch: Batch, patches: int, generator: torch.Generator) -> Draws | None:

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch, Loader
 from cammask_fast.evaluate import accuracy
 from cammask_fast.model.classifier import Classifier, interpolate
+from cammask_fast.precision import product_dtype, resolve, use_matrix_units
 from cammask_fast.state import TrainState
-from cammask_fast.step import build_step, build_strategy, draw_for_step
+from cammask_fast.step import build_strategy, build_train_step, draw_for_step
 
 Progress = Callable[[str, int, int, float], None]
 """Called as (phase, images done, images in total, mean loss since the last call)."""
@@ -50,30 +50,28 @@ def fine_tune(
     """
     if config.resolved.trained == "head":
         config = replace(config, optim=replace(config.optim, weight_decay=0.0))
-    device = pretrained.head.weight.device
+    device, dtype = pretrained.head.weight.device, product_dtype(config.precision, pretrained.head.weight)
     teacher, strategy = pretrained.frozen_copy(), build_strategy(config)
     patches, total = teacher.visual.config.patches, config.epochs * len(train) * config.batch_size
     student = teacher.frozen_copy().train()
-    state = TrainState.create(student, config, steps_per_epoch=len(train))
-    step = build_step(student, teacher, config)
+    compiled = config.compile != "off" and (config.compile != "auto" or device.type == "cuda")
+    use_matrix_units(resolve(config.precision, device))
+    state = TrainState.create(student, config, steps_per_epoch=len(train), compiled=compiled)
+    step = build_train_step(state, teacher, config)
     running = torch.zeros((), device=device)
     for epoch in range(config.epochs):
         train.set_epoch(epoch)
         for batch in train:
-            state.optimizer.zero_grad(set_to_none=True)
-            for part in zip(*(tensor.chunk(config.accumulate) for tensor in batch.to(device)), strict=True):
-                micro = Batch(*part)
-                draws = draw_for_step(strategy, micro, patches, state.generator)
-                running += step(micro, draws, scale=1 / config.accumulate).total / config.accumulate
-            clip_grad_norm_((p for p in student.parameters() if p.requires_grad), config.optim.clip_norm)
-            state.optimizer.step()
-            state.schedule.step()
+            parts = [
+                Batch(*part) for part in zip(*(tensor.chunk(config.accumulate) for tensor in batch.to(device)), strict=True)
+            ]
+            running += step([(part, draw_for_step(strategy, part, patches, state.generator)) for part in parts]).total
             state.step += 1
             if state.step % log_every == 0:
                 _report(progress, "train", state.step, config.batch_size, total, running.item() / log_every)
                 running.zero_()
         if validation is not None or epoch + 1 == config.epochs:
-            score = math.nan if validation is None else accuracy(student.eval(), validation, device=device)
+            score = math.nan if validation is None else accuracy(student.eval().stored_in(dtype), validation, device=device)
             state.keep_if_best(score, take_last=validation is None or config.resolved.interpolate)
             student.train()
     if not math.isfinite(running.item()):

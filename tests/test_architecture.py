@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
-    "config", "metrics", "distributed", "assets", "recipes", "kernels", "data", "model", "cam", "masking",
+    "config", "precision", "metrics", "distributed", "assets", "recipes", "kernels", "data", "model", "cam", "masking",
     "losses", "optim", "state", "step", "checkpoint", "evaluate", "wise_ft", "train",
     "pretrain", "pictures", "photographs", "report", "demo", "cli", "__main__",
 )  # fmt: skip

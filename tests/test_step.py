@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cammask_fast import step as step_module
-from cammask_fast.cam import grad_cam, mm_cam
+from cammask_fast.cam import cls_rollout, grad_cam, mm_cam
 from cammask_fast.config import OptimConfig, TrainConfig
 from cammask_fast.data.batch import ArrayLoader, Batch
 from cammask_fast.kernels.masked_fill import normalise
@@ -232,10 +233,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(log_every: i
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("masking", ["ObjMaskSingleFill(0.3)", "CtxMaskNoFill(0.6)", "ObjMaskNoFill(top=50%)"])
 def test_a_relevance_that_is_not_finite_reaches_the_loss(monkeypatch: pytest.MonkeyPatch, masking: str, value: float) -> None:
-    def broken_cam(logits: Tensor, labels: Tensor, taps: Taps, *, start_layer: int) -> Tensor:
-        return mm_cam(logits, labels, taps, start_layer=start_layer).index_fill(1, torch.tensor([2]), value)
+    def broken_rollout(taps: Taps, gradients: Sequence[Tensor]) -> Tensor:
+        return cls_rollout(taps, gradients).index_fill(1, torch.tensor([2]), value)
 
-    monkeypatch.setattr(step_module, "mm_cam", broken_cam)
+    monkeypatch.setattr(step_module, "cls_rollout", broken_rollout)
     config, data = replace(FD, masking=masking), batch()
     losses = build_step(*pair(), config)(data, draws_for(config, data))
     assert losses.task.isfinite()

@@ -161,13 +161,16 @@ def test_taps_hold_every_layer_and_do_not_change_the_features() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images": torch.zeros(2, 3, 24, 24)}, r"^images: expected \(N, 3, 21, 21\), got \(2, 3, 24, 24\)"),
+        (
+            {"images": torch.zeros(2, 3, 24, 24)},
+            r"^images: expected \(N, 3, 21, 21\) or patches \(N, 49, 27\), got \(2, 3, 24, 24\)",
+        ),
         ({"images": torch.zeros(3, 21, 21)}, "^images: expected"),
         ({"images": torch.zeros(2, 21, 21, 3)}, "^images: expected"),
         ({"key_mask": torch.zeros(2, 50, dtype=torch.bool)}, r"^key_mask: expected \(2, 49\), got \(2, 50\)"),
         (
-            {"key_mask": torch.zeros(2, 49, dtype=torch.bool), "kept_tokens": torch.zeros(2, 1, dtype=torch.int64)},
-            "^kept_tokens and key_mask: give one",
+            {"key_mask": torch.zeros(2, 49, dtype=torch.bool), "kept_tokens": torch.zeros(2, 4, dtype=torch.int64)},
+            r"^key_mask: expected \(2, 3\), got \(2, 49\)",
         ),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cammask_fast.kernels.cls_relevance import cls_relevance
@@ -10,7 +13,7 @@ from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import Taps
 
-__all__ = ["class_score", "grad_cam", "mm_cam", "relevance_of"]
+__all__ = ["class_score", "cls_rollout", "grad_cam", "mm_cam", "relevance_of", "weighted_activation"]
 
 
 def class_score(logits: Tensor, labels: Tensor) -> Tensor:
@@ -29,13 +32,18 @@ def mm_cam(logits: Tensor, labels: Tensor, taps: Taps, *, start_layer: int = 0) 
         raise ValueError(f"cam_start_layer: expected 0..{len(taps.outputs) - 1}, got {start_layer}")
     gradients = torch.autograd.grad(class_score(logits, labels), outputs, retain_graph=True)
     with torch.no_grad():
-        keys = taps.keys[-1]
-        dtype = torch.promote_types(keys.dtype, torch.float32)  # the rollout stays float32 under 16-bit attention
-        relevance = torch.zeros(keys.shape[0], keys.shape[2], dtype=dtype, device=keys.device)
-        relevance[:, 0] = 1.0
-        for layer in reversed(range(start_layer, len(taps.outputs))):
-            q, k, v = taps.queries[layer], taps.keys[layer], taps.values[layer]
-            relevance = cls_relevance(relevance, q, k, v, gradients[layer - start_layer])
+        return cls_rollout(taps, gradients)
+
+
+def cls_rollout(taps: Taps, gradients: Sequence[Tensor]) -> Tensor:
+    """The CLS row of the rollout over the last len(gradients) layers, from the gradients at their attention outputs, first
+    layer first: (N, P), in float32 even under 16-bit attention."""
+    keys = taps.keys[-1]
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    relevance = F.pad(torch.ones(len(keys), 1, dtype=dtype, device=keys.device), (0, keys.shape[2] - 1))  # e_CLS
+    layers = zip(taps.queries[::-1], taps.keys[::-1], taps.values[::-1], gradients[::-1], strict=False)  # from the last layer
+    for q, k, v, gradient in layers:
+        relevance = cls_relevance(relevance, q, k, v, gradient)
     return relevance[:, 1:]
 
 
@@ -47,8 +55,15 @@ def grad_cam(logits: Tensor, labels: Tensor, taps: Taps) -> Tensor:
     assert taps.last_ln_1 is not None
     (gradient,) = torch.autograd.grad(class_score(logits, labels), taps.last_ln_1, retain_graph=True)
     with torch.no_grad():
-        weights = gradient.sum(1, keepdim=True)  # (N, 1, D)
-        return torch.relu((taps.last_ln_1 * weights).sum(-1))[:, 1:]
+        return weighted_activation(taps, gradient)
+
+
+def weighted_activation(taps: Taps, gradient: Tensor) -> Tensor:
+    """Grad-CAM's map from the gradient (N, L, D) at ln_1 of the last block."""
+    assert taps.last_ln_1 is not None
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    weights = gradient.sum(1, keepdim=True, dtype=dtype)  # (N, 1, D)
+    return torch.relu((taps.last_ln_1.to(dtype) * weights).sum(-1))[:, 1:]
 
 
 def relevance_of(model: Classifier, images: Tensor, labels: Tensor, cam: str) -> Tensor:

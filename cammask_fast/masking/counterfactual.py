@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cammask_fast.kernels.masked_fill import counterfactual_batch, masked_fill
@@ -15,8 +16,9 @@ from cammask_fast.masking.strategy import Strategy
 
 
 class MaskedInput(NamedTuple):
-    """What student and teacher see. pixels: (N, 3, H, W), filled and normalised; None for no-fill: the clean ones.
-    kept_tokens, key_mask: the tokens that no-fill drops, as `VisionTransformer.forward` takes them."""
+    """What student and teacher see. pixels: filled and normalised, in the layout asked for; None for no-fill: the clean ones.
+    kept_tokens, key_mask: what no-fill drops, as `VisionTransformer.forward` takes them; a threshold gives both, the kept
+    tokens in front and a mask over those behind."""
 
     pixels: Tensor | None
     kept_tokens: Tensor | None = None
@@ -31,11 +33,13 @@ def masked_input(
     *,
     grid: int,
     dtype: torch.dtype = torch.float32,
+    layout: str = "nchw",
 ) -> MaskedInput:
     """Apply a strategy in as few passes over the pixels as there are: none for no-fill, one for a fill.
 
     images: uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]. relevance_NP: float (N, P), not normalised, None for random
-    masks. draws: from `draw_masking`. grid: patches per side. dtype: of the pixels. Raises ValueError where relevance or draws
+    masks. draws: from `draw_masking`. grid: patches per side. dtype, layout (nchw | patches): of the
+    pixels, as `normalise` has them. Raises ValueError where relevance or draws
     do not fit the strategy.
     """
     _check(images, relevance_NP, strategy, draws, grid)
@@ -43,9 +47,11 @@ def masked_input(
         if strategy.selection == "random":
             return MaskedInput(None, kept_tokens=draws.kept_tokens)
         selected = _select(relevance_NP, strategy, grid)
-        return MaskedInput(None, selected.kept_tokens, selected.mask if selected.kept_tokens is None else None)
+        if selected.kept_tokens is not None:
+            return MaskedInput(None, selected.kept_tokens)
+        return MaskedInput(None, *_kept_first(selected.mask))
     if strategy.selection == "random":
-        return MaskedInput(masked_fill(images, _random_mask(strategy, draws), draws.donors, dtype=dtype))
+        return MaskedInput(masked_fill(images, _random_mask(strategy, draws), draws.donors, dtype=dtype, layout=layout))
     assert relevance_NP is not None
     return MaskedInput(
         counterfactual_batch(
@@ -57,6 +63,7 @@ def masked_input(
             context=strategy.selection == "context",
             upsample=strategy.upsample,
             dtype=dtype,
+            layout=layout,
         )
     )
 
@@ -91,6 +98,13 @@ def counterfactual(
         return Counterfactual(images, mask)
     assert draws.donors is not None
     return Counterfactual(fill_pixels(images, mask, draws.donors), mask)
+
+
+def _kept_first(mask_NP: Tensor) -> tuple[Tensor, Tensor]:
+    """A threshold keeps another number of patches in every image: all tokens with the kept patches first, ascending, and the
+    key mask of the rest, so that shapes stay as they are and no count leaves the device."""
+    order = mask_NP.to(torch.uint8).argsort(dim=1, stable=True)
+    return F.pad(order + 1, (1, 0)), mask_NP.gather(1, order)
 
 
 def _select(relevance_NP: Tensor | None, strategy: Strategy, grid: int) -> Selection:

@@ -48,9 +48,29 @@ class Classifier(nn.Module):
         features = self.visual(images, kept_tokens=kept_tokens, key_mask=key_mask, taps=taps)
         return Prediction(features, self.head(F.normalize(features, dim=-1)))
 
+    def stored_in(self, dtype: torch.dtype) -> Classifier:
+        """A frozen copy whose weights are those that a forward in `dtype` takes; itself where nothing would change."""
+        if self.visual.conv1.weight.dtype == dtype:
+            return self
+        stored = self.frozen_copy()
+        for name, parameter in stored.named_parameters():
+            parameter.data = parameter.data if keeps_precision(name) else parameter.data.to(dtype)
+        return stored
+
     def frozen_copy(self) -> Classifier:
         """A teacher: the same weights, no gradients, evaluation mode."""
         return copy.deepcopy(self).requires_grad_(False).eval()
+
+
+def compute_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A classifier's weights as a forward in `dtype` takes them, differentiable: norms, projection and head stay as they are
+    (they work on few numbers and decide the losses), everything else is cast. No copy where the type is right already."""
+    return {name: value if keeps_precision(name) else value.to(dtype) for name, value in weights.items()}
+
+
+def keeps_precision(name: str) -> bool:
+    """Whether a parameter is never cast: layer norms, visual.proj, the head."""
+    return ".ln_" in name or name in ("visual.proj", "head.weight", "head.bias")
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ MLP are computed (only the CLS output is read), which leaves features and gradie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -66,6 +67,8 @@ class Taps:
     queries: (N, A, L, d) per layer, in the last layer (N, A, 1, d): the CLS query alone. keys, values: (N, A, L, d).
     outputs: the attention outputs before out_proj, shaped like the queries; MM-CAM takes gradients at them.
     last_ln_1: (N, L, D), ln_1 of the last block; Grad-CAM takes the gradient at it.
+    output_probes, ln_1_probe: zeros that the caller may give in the shapes of `outputs` and `last_ln_1`. They are added there,
+    so that a functional transform, which differentiates with respect to inputs only, finds the same gradients at them.
     """
 
     queries: list[Tensor] = field(default_factory=list)
@@ -73,6 +76,22 @@ class Taps:
     values: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     last_ln_1: Tensor | None = None
+    output_probes: Sequence[Tensor] = ()
+    ln_1_probe: Tensor | None = None
+
+    def detached(self) -> Taps:
+        """The same values outside autograd's graph, without the probes."""
+        queries, keys, values, outputs = (
+            [tensor.detach() for tensor in taps] for taps in (self.queries, self.keys, self.values, self.outputs)
+        )
+        return Taps(queries, keys, values, outputs, None if self.last_ln_1 is None else self.last_ln_1.detach())
+
+
+class LayerNorm(nn.LayerNorm):
+    """Statistics and affine map in the type of its weights, whatever the type of x, which is also that of the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -100,6 +119,8 @@ class Attention(nn.Module):
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_mask is None else ~key_mask[:, None, None, :])
         if taps is not None:
+            if taps.output_probes:
+                out = out + taps.output_probes[len(taps.outputs)]
             taps.queries.append(q)
             taps.keys.append(k)
             taps.values.append(v)
@@ -126,9 +147,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.width)
+        self.ln_1 = LayerNorm(config.width)
         self.attn = Attention(config.width, config.heads)
-        self.ln_2 = nn.LayerNorm(config.width)
+        self.ln_2 = LayerNorm(config.width)
         self.mlp = MLP(config.width, round(config.width * config.mlp_ratio), config.activation)
         residual_std = (2 * config.width * config.layers) ** -0.5
         nn.init.normal_(self.attn.in_proj_weight, std=config.width**-0.5)
@@ -140,6 +161,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *, key_mask: Tensor | None, cls_only: bool, taps: Taps | None) -> Tensor:
         normed = self.ln_1(x)
         if cls_only and taps is not None:
+            if taps.ln_1_probe is not None:
+                normed = normed + taps.ln_1_probe
             taps.last_ln_1 = normed
         x = (x[:, :1] if cls_only else x) + self.attn(normed, key_mask=key_mask, cls_only=cls_only, taps=taps)
         return x + self.mlp(self.ln_2(x))
@@ -166,9 +189,9 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(0.5 * torch.randn(config.patches + 1, config.width))
         self.proj = nn.Parameter(scale * torch.randn(config.width, config.output_dim))
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
-        self.ln_pre = nn.LayerNorm(config.width)
+        self.ln_pre = LayerNorm(config.width)
         self.transformer = Transformer(config)
-        self.ln_post = nn.LayerNorm(config.width)
+        self.ln_post = LayerNorm(config.width)
 
     def forward(
         self,
@@ -180,19 +203,26 @@ class VisionTransformer(nn.Module):
     ) -> Tensor:
         """Features of a batch.
 
-        images: (N, 3, H, W), normalised with CLIP's mean and std. kept_tokens: int64 (N, n_keep + 1), the tokens to keep, 0
-        (CLS) first, patch p is token p + 1; the others are dropped after the positional embedding and ln_pre. key_mask: bool
-        (N, P), True = no query may attend to that patch, in every block. taps: filled in place with what a CAM needs.
+        images: normalised with CLIP's mean and std, (N, 3, H, W) or cut into patches already, (N, P, 3 * p * p), whose embedding
+        is one matrix product. kept_tokens: int64 (N, n_keep + 1), the tokens to keep, 0 (CLS) first, patch p is token p + 1;
+        the others are dropped after the positional embedding and ln_pre. key_mask: bool (N, P), or (N, n_keep) with
+        kept_tokens: True = no query may attend to that patch or kept patch, in every block. taps: filled in place with what a
+        CAM needs.
         Returns (N, E), not normalised. Raises ValueError on another image size or a mask of the wrong shape.
         """
         size, patches = self.config.image_size, self.config.patches
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images: expected (N, 3, {size}, {size}), got {tuple(images.shape)}")
-        if key_mask is not None and key_mask.shape != (len(images), patches):
-            raise ValueError(f"key_mask: expected ({len(images)}, {patches}), got {tuple(key_mask.shape)}")
-        if kept_tokens is not None and key_mask is not None:
-            raise ValueError("kept_tokens and key_mask: give one of the two")
-        x = self.conv1(images).flatten(2).transpose(1, 2)  # (N, P, D)
+        per_patch = 3 * self.config.patch_size**2
+        if images.shape[1:] not in ((3, size, size), (patches, per_patch)):
+            raise ValueError(
+                f"images: expected (N, 3, {size}, {size}) or patches (N, {patches}, {per_patch}), got {tuple(images.shape)}"
+            )
+        keys = patches if kept_tokens is None else kept_tokens.shape[1] - 1
+        if key_mask is not None and key_mask.shape != (len(images), keys):
+            raise ValueError(f"key_mask: expected ({len(images)}, {keys}), got {tuple(key_mask.shape)}")
+        if images.ndim == 3:
+            x = F.linear(images, self.conv1.weight.flatten(1))  # (N, P, D)
+        else:
+            x = self.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
         x = self.ln_pre(x)  # (N, L, D)
         if kept_tokens is not None:
@@ -202,4 +232,4 @@ class VisionTransformer(nn.Module):
         last = len(self.transformer.resblocks) - 1
         for layer, block in enumerate(self.transformer.resblocks):
             x = block(x, key_mask=key_mask, cls_only=layer == last, taps=taps)
-        return self.ln_post(x[:, 0]) @ self.proj
+        return self.ln_post(x[:, 0].to(self.proj.dtype)) @ self.proj
