@@ -203,10 +203,8 @@ def _body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> Body:
 
     def relevance(clean: Pass, labels: Tensor) -> Tensor:
         assert clean.taps is not None
-        score = F.one_hot(labels, clean.prediction.logits.shape[1]).to(
-            clean.prediction.logits.dtype
-        )  # of the class scores' sum
-        gradients = clean.tap_gradients(score)
+        at_labels = torch.zeros_like(clean.prediction.logits).scatter_(1, labels[:, None], 1.0)
+        gradients = clean.tap_gradients(at_labels)  # of the sum over the batch of each image's logit at its label
         return weighted_activation(clean.taps, gradients[0]) if config.cam == "grad-cam" else cls_rollout(clean.taps, gradients)
 
     def body(forward: Forward, teacher: Classifier | None, batch: Batch, draws: Draws | None, scale: float) -> Losses:

@@ -223,11 +223,15 @@ def test_no_fill_leaves_the_images_and_names_what_to_drop() -> None:
     by_threshold = parse_strategy("ObjMaskNoFill(0.4)")
     threshold = masked_input(pixels, cam, by_threshold, Draws(), grid=GRID)
     assert threshold.pixels is None
-    assert threshold.kept_tokens is None
+    assert threshold.kept_tokens is not None
     assert threshold.key_mask is not None
     shown = counterfactual(pixels, cam, by_threshold, Draws(), grid=GRID)
-    assert torch.equal(threshold.key_mask, shown.mask)
     assert shown.images is pixels
+    for tokens, hidden, mask in zip(threshold.kept_tokens, threshold.key_mask, shown.mask, strict=True):
+        kept = (~mask).nonzero()[:, 0] + 1
+        assert tokens[: len(kept) + 1].tolist() == [0, *kept.tolist()], "CLS, then the kept patches in their order"
+        assert sorted(tokens.tolist()) == list(range(GRID * GRID + 1))
+        assert hidden.tolist() == [i >= len(kept) for i in range(GRID * GRID)]
     ranked = masked_input(pixels, cam, parse_strategy("ObjMaskNoFill(top=4)"), Draws(), grid=GRID)
     assert ranked.key_mask is None
     assert ranked.kept_tokens is not None

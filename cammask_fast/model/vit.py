@@ -203,8 +203,8 @@ class VisionTransformer(nn.Module):
     ) -> Tensor:
         """Features of a batch.
 
-        images: normalised with CLIP's mean and std, (N, 3, H, W) or cut into patches already, (N, P, 3 * p * p), whose embedding
-        is one matrix product. kept_tokens: int64 (N, n_keep + 1), the tokens to keep, 0 (CLS) first, patch p is token p + 1;
+        images: normalised with CLIP's mean and std, (N, 3, H, W) or cut into patches, (N, P, 3 * p * p), whose embedding is
+        one matrix product. kept_tokens: int64 (N, n_keep + 1), the tokens to keep, 0 (CLS) first, patch p is token p + 1;
         the others are dropped after the positional embedding and ln_pre. key_mask: bool (N, P), or (N, n_keep) with
         kept_tokens: True = no query may attend to that patch or kept patch, in every block. taps: filled in place with what a
         CAM needs.
