@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -47,9 +47,9 @@ class Graphs(list[GraphModule]):
             graph.graph.eliminate_dead_code()
             graph.recompile()
             self.append(graph)
-            return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+            return make_boxed_func(graph.forward)
 
-        return aot_autograd(fw_compiler=keep)  # type: ignore[no-any-return]
+        return aot_autograd(fw_compiler=keep)
 
 
 @dataclass
