@@ -74,7 +74,8 @@ class Forward(Protocol):
     def __call__(self, patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass: ...
 
 
-Body = Callable[[Forward, Classifier | None, Batch, Draws | None, float], Losses]
+Teacher = Callable[..., Prediction]
+Body = Callable[[Forward, Teacher | None, Batch, Draws | None, float], Losses]
 
 
 def build_strategy(config: TrainConfig) -> Strategy | None:
@@ -87,10 +88,10 @@ def build_step(student: Classifier, teacher: Classifier | None, config: TrainCon
     """The gradients of a method, eagerly. teacher: frozen, needed where the method distils, kept once in the type of the
     products. Raises ValueError on what cannot work."""
     dtype = product_dtype(config.precision, student.head.weight)
-    body, stored = _body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
+    body, stored = step_body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
 
     def step(batch: Batch, draws: Draws | None, *, scale: float = 1.0) -> Losses:
-        return body(_eager_forward(student, config, dtype), stored, batch, draws, scale)
+        return body(eager_forward(student, config, dtype), stored, batch, draws, scale)
 
     return step
 
@@ -136,7 +137,7 @@ def _compiled_train_step(
     backend: Callable[..., Any] | str,
 ) -> TrainStep:
     dtype = product_dtype(config.precision, student.head.weight)
-    body, stored = _body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
+    body, stored = step_body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
     frozen = compute_weights({n: p for n, p in student.named_parameters() if not p.requires_grad}, dtype)
 
     def gradients(batch: Batch, draws: Draws | None, scale: float) -> tuple[Tensor, Losses]:
@@ -178,7 +179,7 @@ def _mean(losses: Sequence[Losses]) -> Losses:
     return Losses(*(torch.stack(part).mean() for part in zip(*losses, strict=True))) if len(losses) > 1 else losses[0]
 
 
-def _body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> Body:
+def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> Body:
     """The step over any `Forward`: clean forward, CAM, task pullback, counterfactual, teacher, masked forward and pullback."""
     method, strategy = config.resolved, build_strategy(config)
     if method.trained == "none":
@@ -207,7 +208,7 @@ def _body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> Body:
         gradients = clean.tap_gradients(at_labels)  # of the sum over the batch of each image's logit at its label
         return weighted_activation(clean.taps, gradients[0]) if config.cam == "grad-cam" else cls_rollout(clean.taps, gradients)
 
-    def body(forward: Forward, teacher: Classifier | None, batch: Batch, draws: Draws | None, scale: float) -> Losses:
+    def body(forward: Forward, teacher: Teacher | None, batch: Batch, draws: Draws | None, scale: float) -> Losses:
         patches = normalise(batch.images, patch_size=vit.patch_size, **layout)
         clean = forward(patches, tapped=strategy is not None and strategy.needs_cam)
         task, cotangents = task_loss(clean.prediction, batch.labels, config.w_task * scale)
@@ -248,7 +249,7 @@ def _losses(config: TrainConfig, task: Tensor, distill: Tensor) -> Losses:
     return Losses(config.w_task * task + config.w_distill * distill, task, distill)
 
 
-def _eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) -> Forward:
+def eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) -> Forward:
     """Passes over autograd's graph; weight gradients go to `.grad`."""
     call: Callable[..., Prediction] = student
     if student.visual.conv1.weight.dtype != dtype:

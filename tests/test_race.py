@@ -10,12 +10,21 @@ import pytest
 import torch
 
 from bench.step import race
-from bench.step.authors import build_authors_step
+from bench.step.ablations import ABLATIONS
+from bench.step.authors import Step, build_authors_step
 from bench.step.memory import LiveStorages
+from bench.step.stages import STAGES
+from bench.step.time_to_accuracy import measure, seconds_until
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
 from cammask_fast.masking import Draws
 from cammask_fast.step import Losses
+
+
+def arguments(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    race.add_arguments(parser)
+    return parser.parse_args(given)
 
 
 def test_live_storages_counts_what_operators_allocate_and_free() -> None:
@@ -33,24 +42,32 @@ def test_live_storages_counts_what_operators_allocate_and_free() -> None:
 
 
 def test_records_of_a_tiny_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = argparse.Namespace(
-        arch="tiny", mode="masked-object", masking="", batch=2, repeats=5, json=True, out=tmp_path / "step.jsonl"
-    )
+    options = arguments("--arch", "tiny", "--batch", "2", "--repeats", "5", "--json", "--out", str(tmp_path / "step.jsonl"),
+                        "--ablations", "--providers", *race.EAGER)  # fmt: skip
     assert race.main(options) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [r["provider"] for r in records] == list(race.PROVIDERS)
     assert records == [json.loads(line) for line in options.out.read_text().splitlines()]
-    authors, _, ours = records
+    *steps, split = records
+    assert [r["provider"] for r in steps] == [*race.EAGER, *ABLATIONS]
+    assert split["op"] == "stages"
+    assert set(split["seconds"]) == {*STAGES, "optimiser"}
+    assert all(seconds > 0 for seconds in split["seconds"].values())
+    authors, _, ours, *ablations = steps
+    for record in ablations:
+        switched_off = record["provider"].removeprefix("without-")
+        costs_work = switched_off in ("shared-forward", "cls-last-block", "cls-row")
+        assert (record["forward_units"] > 1.01 * ours["forward_units"]) == costs_work, record["provider"]
+    assert ours["peak_mb"] > ours["activation_mb"]
     assert 0 < authors["seconds_p20"] <= authors["seconds_p50"] <= authors["seconds_p80"]
     assert ours["forward_units"] < authors["forward_units"]
     assert ours["activation_mb"] < 0.6 * authors["activation_mb"]
-    assert race.table(records).count("\n") == 4
+    assert race.table(records).count("\n") == 2 + len(steps) + 1
 
 
 def test_providers_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     build = build_authors_step
 
-    def wrong(*arguments: object) -> race.Step:
+    def wrong(*arguments: object) -> Step:
         step = build(*arguments)  # type: ignore[arg-type]
 
         def scaled(batch: Batch, draws: Draws | None) -> Losses:
@@ -59,12 +76,31 @@ def test_providers_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) 
         return scaled
 
     monkeypatch.setattr(race, "build_authors_step", wrong)
-    with pytest.raises(ValueError, match=r"the providers disagree: loss by 9\.9e-03"):
-        race.compare(race.ARCHS["tiny"], TrainConfig(method="ft-fd"), 2)
+    with pytest.raises(ValueError, match=r"the providers disagree: authors's loss by 1\.0e-02"):
+        race.compare(race.Race(arch="tiny", config=TrainConfig(method="ft-fd"), batch=2), ("ours-eager", "authors"))
 
 
 @pytest.mark.parametrize(("batch", "repeats"), [(1, 7), (2, 4)])
 def test_too_small_races_are_refused(batch: int, repeats: int) -> None:
-    options = argparse.Namespace(arch="tiny", mode="ft", masking="", batch=batch, repeats=repeats, json=False, out=None)
+    options = arguments("--arch", "tiny", "--mode", "ft", "--batch", str(batch), "--repeats", str(repeats))
     with pytest.raises(ValueError, match="--batch: at least 2 images"):
         race.main(options)
+
+
+def test_every_ablation_gives_our_losses_and_gradients() -> None:
+    for masking in ("", "ObjMaskMultiFill(top=50%)", "CtxMaskNoFill(top=50%)"):
+        config = TrainConfig(method="masked-object", masking=masking)
+        race.compare(race.Race(arch="tiny", config=config, batch=4), ("ours-eager", *ABLATIONS))
+
+
+@pytest.mark.parametrize("config", [TrainConfig(method="ft-fd"), TrainConfig(masking="ObjMaskNoFill(0.3)")])
+def test_ablations_of_other_methods_are_refused(config: TrainConfig) -> None:
+    with pytest.raises(ValueError, match=r"^ablations: "):
+        race.compare(race.Race(arch="tiny", config=config, batch=2), ("ours-eager", "without-cls-row"))
+
+
+def test_seconds_until_the_accuracy_is_reached() -> None:
+    curve = [(1.0, 50.0), (2.0, 79.1), (3.0, 79.2), (4.0, 80.0)]
+    assert seconds_until(curve) == 3.0
+    with pytest.raises(ValueError, match="at least 5 seeds"):
+        measure("masked-object", seeds=4)

@@ -102,15 +102,19 @@ def patch_mask(strategy: Strategy, cam: Tensor | None, draws: Draws, patches: in
     return ~mask if strategy.selection == "context" else mask
 
 
+plain_forward = forward
 Step = Callable[[Batch, Draws | None], Losses]
 
 
-def build_authors_step(student: Classifier, teacher: Classifier, config: TrainConfig) -> Step:
+def build_authors_step(student: Classifier, teacher: Classifier, config: TrainConfig, *, compiled: bool = False) -> Step:
     """The step of FT, FT_FD / FT_KD and every masked distillation: adds to the student's `.grad`.
 
-    No-fill masks keys over all tokens, as the authors do; random no-fill drops tokens.
+    No-fill masks keys over all tokens, as the authors do; random no-fill drops tokens. compiled: the forwards of the task, the
+    teacher and the masked student under torch.compile; that of the CAM stays eager, because gradients at the attention maps
+    of a compiled forward cannot be had.
     """
     strategy, patches = build_strategy(config), student.visual.config.patches
+    forward: Callable[..., Prediction] = torch.compile(plain_forward) if compiled else plain_forward
 
     def step(batch: Batch, draws: Draws | None) -> Losses:
         pixels = batch.images.permute(0, 3, 1, 2).to(student.head.weight.dtype) / 255

@@ -1,19 +1,19 @@
-"""One optimiser step, ours against the authors' algorithm: seconds, counted work and counted memory in one run.
+"""One optimiser step, ours against the authors' algorithm: seconds, counted work and memory in one run.
 
 Providers: `authors` (float32, materialised attention, torch's default AdamW), `authors-fused-adamw` (the same with the fused
-optimiser, so that the gain is not the optimiser's), `ours-eager`. Losses and gradients are compared before anything is timed.
+optimiser, so that the gain is not the optimiser's), `authors-compiled` (that under bf16 autocast and torch.compile),
+`ours-eager`, `ours-compiled`, and `without-…`: our eager step with one identity switched off. Losses and gradients of all
+providers are compared in float32 before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,19 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.step.authors import build_authors_step, forward
+from bench.records import cpu_environment, gpu_environment, interleaved, markdown_table, show
+from bench.step.ablations import ABLATIONS, build_ablated_step
+from bench.step.authors import Step, build_authors_step, forward
 from bench.step.memory import LiveStorages
+from bench.step.stages import stages
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
-from cammask_fast.masking import Draws
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.optim import build_optimizer
-from cammask_fast.step import Losses, build_step, build_strategy, draw_for_step
+from cammask_fast.precision import resolve, use_matrix_units
+from cammask_fast.state import TrainState
+from cammask_fast.step import build_step, build_strategy, build_train_step, draw_for_step
 
 ARCHS = {
     "tiny": ViTConfig(image_size=48, patch_size=8, width=96, layers=4, heads=3, output_dim=64),
@@ -40,14 +44,27 @@ ARCHS = {
     "ViT-L/14": ViTConfig(image_size=224, patch_size=14, width=1024, layers=24, heads=16, output_dim=768),
 }
 CLASSES = 1000
-PROVIDERS = ("authors", "authors-fused-adamw", "ours-eager")
+EAGER, COMPILED = ("authors", "authors-fused-adamw", "ours-eager"), ("authors-compiled", "ours-compiled")
+PROVIDERS = (*EAGER, *COMPILED, *ABLATIONS)
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 """Relative, in float32: sums over twelve layers in different orders. Masks that differ in one patch exceed both by far."""
 
-Step = Callable[[Batch, Draws | None], Losses]
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """What is raced. precision: of our providers; the authors' are float32, compiled bf16 on CUDA."""
+
+    arch: str
+    config: TrainConfig
+    batch: int
+    device: str = "cpu"
+
+    @property
+    def vit(self) -> ViTConfig:
+        return ARCHS[self.arch]
 
 
-def models(vit: ViTConfig) -> tuple[Classifier, Classifier]:
+def models(vit: ViTConfig, device: str = "cpu") -> tuple[Classifier, Classifier]:
     """A student a little away from its teacher, with random weights."""
     torch.manual_seed(0)
     teacher = Classifier(VisionTransformer(vit), torch.randn(CLASSES, vit.output_dim))
@@ -55,134 +72,189 @@ def models(vit: ViTConfig) -> tuple[Classifier, Classifier]:
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter) if parameter.numel() > 1 else 0)
-    return student.requires_grad_(True), teacher.requires_grad_(False).eval()
+    return student.requires_grad_(True).to(device), teacher.requires_grad_(False).eval().to(device)
 
 
-def random_batch(vit: ViTConfig, count: int) -> Batch:
+def random_batch(vit: ViTConfig, count: int, device: str = "cpu") -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (count, vit.image_size, vit.image_size, 3), generator=generator, dtype=torch.uint8)
-    return Batch(images, torch.randint(0, CLASSES, (count,), generator=generator), torch.arange(count))
+    return Batch(images, torch.randint(0, CLASSES, (count,), generator=generator), torch.arange(count)).to(device)
 
 
-def build(provider: str, student: Classifier, teacher: Classifier, config: TrainConfig) -> Step:
-    return build_step(student, teacher, config) if provider.startswith("ours") else build_authors_step(student, teacher, config)
+def gradient_step(provider: str, student: Classifier, teacher: Classifier, config: TrainConfig) -> Step:
+    """The eager step that a provider is made of, or the compiled provider's eager form."""
+    if provider in ABLATIONS:
+        return build_ablated_step(student, teacher, config, ABLATIONS[provider])
+    if provider.startswith("ours"):
+        return build_step(student, teacher, config)
+    return build_authors_step(student, teacher, config)
 
 
-def compare(vit: ViTConfig, config: TrainConfig, count: int) -> None:
-    """Raise ValueError unless every provider gives the same losses and gradients (hence the same masks)."""
-    student, teacher = models(vit)
-    data = random_batch(vit, count)
-    draws = draw_for_step(build_strategy(config), data, vit.patches, torch.Generator().manual_seed(2))
-    losses, gradients = {}, {}
-    for provider in ("authors", "ours-eager"):
+def compare(race: Race, providers: Sequence[str]) -> None:
+    """Raise ValueError unless every provider gives the losses and gradients (hence the masks) of the first one, in float32."""
+    student, teacher = models(race.vit, race.device)
+    config, data = replace(race.config, precision="fp32"), random_batch(race.vit, race.batch, race.device)
+    draws = draw_for_step(build_strategy(config), data, race.vit.patches, torch.Generator(race.device).manual_seed(2))
+    expected: dict[str, torch.Tensor] = {}
+    loss = 0.0
+    for provider in dict.fromkeys(p if p in ABLATIONS else p.split("-")[0] for p in providers):
         student.zero_grad()
-        losses[provider] = build(provider, student, teacher, config)(data, draws).total.item()
-        gradients[provider] = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in student.named_parameters()}
-    reference, ours = gradients["authors"], gradients["ours-eager"]
-    norm = torch.stack([g.norm() for g in reference.values()]).norm()
-    worst = max(reference, key=lambda name: ((ours[name] - reference[name]).norm() / norm).item())
-    error = ((ours[worst] - reference[worst]).norm() / norm).item()
-    apart = abs(losses["ours-eager"] / losses["authors"] - 1)
-    if not (apart <= LOSS_TOLERANCE and error <= GRADIENT_TOLERANCE):
-        raise ValueError(f"the providers disagree: loss by {apart:.1e}, gradient of {worst} by {error:.1e} of the global norm")
+        total = gradient_step(provider, student, teacher, config)(data, draws).total.item()
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in student.named_parameters()}
+        if not expected:
+            expected, loss = found, total
+            continue
+        norm = torch.stack([g.norm() for g in expected.values()]).norm()
+        errors = {name: ((found[name] - g).norm() / norm).item() for name, g in expected.items()}
+        worst, apart = max(errors, key=lambda name: errors[name]), abs(total / loss - 1)
+        if not (apart <= LOSS_TOLERANCE and errors[worst] <= GRADIENT_TOLERANCE):
+            raise ValueError(
+                f"the providers disagree: {provider}'s loss by {apart:.1e}, its gradient of {worst} by {errors[worst]:.1e} of "
+                "the global norm"
+            )
 
 
-def optimiser_step(provider: str, vit: ViTConfig, config: TrainConfig, data: Batch) -> Callable[[], None]:
+def optimiser_step(race: Race, provider: str) -> Callable[[], None]:
     """A closure that draws, steps, clips and updates."""
-    student, teacher = models(vit)
-    step, strategy, generator = (
-        build(provider, student, teacher, config),
-        build_strategy(config),
-        torch.Generator().manual_seed(2),
-    )
+    student, teacher = models(race.vit, race.device)
+    data, config = random_batch(race.vit, race.batch, race.device), race.config
+    strategy, generator = build_strategy(config), torch.Generator(race.device).manual_seed(2)
+    draw = partial(draw_for_step, strategy, data, race.vit.patches, generator)
+    if provider.startswith("ours"):
+        config = replace(config, epochs=1)
+        state = TrainState.create(student, config, steps_per_epoch=1000, compiled=provider == "ours-compiled")
+        train_step = build_train_step(state, teacher, config)
+        return lambda: train_step([(data, draw())]) and None
+    c = config.optim
     if provider == "authors":
-        c = config.optim
         optimizer = AdamW(student.parameters(), lr=c.lr, betas=(0.9, c.beta2), eps=c.eps, weight_decay=c.weight_decay)
     else:
-        optimizer = build_optimizer(student.parameters(), config.optim)
+        optimizer = build_optimizer(student.parameters(), c)
+    if provider == "authors-compiled":
+        step = build_authors_step(student, teacher, config, compiled=True)
+    else:
+        step = gradient_step(provider, student, teacher, config)
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        step(data, draw_for_step(strategy, data, vit.patches, generator))
-        clip_grad_norm_(student.parameters(), config.optim.clip_norm)
+        with torch.autocast(race.device, torch.bfloat16) if provider == "authors-compiled" else nullcontext():
+            step(data, draw())
+        clip_grad_norm_(student.parameters(), c.clip_norm)
         optimizer.step()
 
     return run
 
 
-def counted(provider: str, vit: ViTConfig, config: TrainConfig, count: int) -> dict[str, float]:
-    """Forward units and megabytes of activations of one step (live storages beyond weights, gradients and the batch)."""
+def counted(race: Race, provider: str) -> dict[str, float]:
+    """Forward units, megabytes of activations (live storages beyond weights, gradients and the batch) and of everything
+    together with the optimiser's state, of an eager step."""
+    vit, count, config = race.vit, race.batch, replace(race.config, precision="fp32")
     with FakeTensorMode(allow_non_fake_inputs=True):
         student = Classifier(VisionTransformer(vit), torch.zeros(CLASSES, vit.output_dim))
-        teacher = student.frozen_copy()
-        data = Batch(
-            torch.zeros(count, vit.image_size, vit.image_size, 3, dtype=torch.uint8),
-            torch.zeros(count, dtype=torch.int64),
-            torch.zeros(count, dtype=torch.int64),
-        )
+        teacher = Classifier(VisionTransformer(vit), torch.zeros(CLASSES, vit.output_dim)).requires_grad_(False)
+        images = torch.zeros(count, vit.image_size, vit.image_size, 3, dtype=torch.uint8)
+        data = Batch(images, torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64))
         draws = draw_for_step(build_strategy(config), data, vit.patches, torch.Generator().manual_seed(0))
         with FlopCounterMode(display=False) as unit, torch.no_grad():
             forward(student, torch.zeros(count, 3, vit.image_size, vit.image_size))
-        step = build(provider, student, teacher, config)
+        step = gradient_step(provider, student, teacher, config)
         with FlopCounterMode(display=False) as flops:
             step(data, draws)
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        owned = [
-            *student.parameters(),
-            *teacher.parameters(),
-            *(p.grad for p in student.parameters() if p.grad is not None),
-            *data,
-        ]
-        with LiveStorages(owned) as memory:
+        weights = [*student.parameters(), *teacher.parameters()]
+        gradients = [p.grad for p in student.parameters() if p.grad is not None]
+        with LiveStorages([*weights, *gradients, *data]) as memory:
             step(data, draws)
-    return {"forward_units": flops.get_total_flops() / unit.get_total_flops(), "activation_mb": memory.peak / 1e6}
+    trained = sum(p.numel() * p.element_size() for p in student.parameters())
+    owned = sum(t.numel() * t.element_size() for t in [*weights, *gradients, *data]) + 2 * trained
+    return {
+        "forward_units": flops.get_total_flops() / unit.get_total_flops(),
+        "flops": flops.get_total_flops(),
+        "activation_mb": memory.peak / 1e6,
+        "peak_mb": (memory.peak + owned) / 1e6,
+    }
 
 
-def race(
-    arch: str, mode: str, count: int, *, masking: str = "", repeats: int = 7, providers: Sequence[str] = PROVIDERS
-) -> list[dict[str, Any]]:
-    """Records of every provider, timed in turn in the same run. Raises ValueError where the providers disagree."""
-    vit, config = ARCHS[arch], TrainConfig(method=mode, masking=masking)
-    compare(vit, config, count)
-    data = random_batch(vit, count)
-    runs = {provider: optimiser_step(provider, vit, config, data) for provider in providers}
-    seconds: dict[str, list[float]] = {provider: [] for provider in providers}
-    for repeat in range(repeats + 1):
-        for provider, run in runs.items():
-            started = time.perf_counter()
+def split(race: Race) -> dict[str, float]:
+    """Median seconds of each stage of our eager step, over five steps, and of clipping and the optimiser."""
+    student, teacher = models(race.vit, race.device)
+    data, generator = random_batch(race.vit, race.batch, race.device), torch.Generator(race.device).manual_seed(2)
+    optimizer, rows = build_optimizer(student.parameters(), race.config.optim), []
+    for _ in range(6):
+        optimizer.zero_grad(set_to_none=True)
+        draws = draw_for_step(build_strategy(race.config), data, race.vit.patches, generator)
+        row = stages(student, teacher, race.config, data, draws)
+        started = time.perf_counter()
+        clip_grad_norm_(student.parameters(), race.config.optim.clip_norm)
+        optimizer.step()
+        _wait(race.device)
+        rows.append(row | {"optimiser": time.perf_counter() - started})
+    return {name: sorted(row[name] for row in rows[1:])[2] for name in rows[0]}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def run_race(race: Race, providers: Sequence[str], *, repeats: int = 7) -> Iterator[dict[str, Any]]:
+    """A record per provider, timed in turn in the same run, then one of our stages. Raises ValueError where the providers
+    disagree."""
+    use_matrix_units(resolve(race.config.precision, race.device))
+    compare(race, providers)
+    runs, compile_seconds = {}, {}
+    for provider in providers:
+        run = optimiser_step(race, provider)
+        started = time.perf_counter()
+        run()
+        _wait(race.device)
+        compile_seconds[provider] = time.perf_counter() - started
+
+        def timed(run: Callable[[], None] = run) -> None:
             run()
-            if repeat:  # the first round warms up
-                seconds[provider].append(time.perf_counter() - started)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    records = []
-    for provider, times in seconds.items():
-        low, middle, high = statistics.quantiles(times, n=5)[0], statistics.median(times), statistics.quantiles(times, n=5)[3]
-        records.append(
-            {
-                "op": "step", "provider": provider, "arch": arch, "mode": mode, "masking": config.resolved.masking,
-                "batch": count, "precision": "fp32", "seconds_p20": low, "seconds_p50": middle, "seconds_p80": high,
-                "images_per_second": count / middle, **counted(provider, vit, config, count),
-                "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-                "cores": os.cpu_count(), "torch": torch.__version__, "commit": commit.stdout.strip(),
-            }
-        )  # fmt: skip
-    return records
+            _wait(race.device)
+
+        runs[provider] = timed
+    times = interleaved(runs, repeats=repeats, warmup=1)
+    where = gpu_environment() if race.device == "cuda" else cpu_environment()
+    resolved = race.config.resolved
+    shared = {"arch": race.arch, "mode": race.config.method, "masking": resolved.masking, "batch": race.batch}
+    for provider in providers:
+        precision = "fp32" if provider.startswith("authors") else resolve(race.config.precision, race.device)
+        figures = counted(race, provider)
+        if provider in COMPILED:
+            figures = {name: figures[name] for name in ("forward_units", "flops")}  # the compiler plans its own memory
+            figures["compile_seconds"] = compile_seconds[provider]
+        seconds = times[provider]
+        yield {
+            "op": "step", "provider": provider, **shared, "precision": "bf16" if provider == "authors-compiled" else precision,
+            **seconds.fields(), "images_per_second": race.batch / seconds.p50,
+            "teraflops": figures["flops"] / seconds.p50 / 1e12, **figures, **where,
+        }  # fmt: skip
+    if "ours-eager" in providers:
+        yield {"op": "stages", "provider": "ours-eager", **shared, "seconds": split(race), **where}
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: seconds, ratio to `authors`, counted work and memory."""
-    base = next(r for r in records if r["provider"] == "authors")
-    lines = [
-        "| provider | s per step (p50) | speed-up | forward units | activations, MB |",
-        "|---|---|---|---|---|",
-    ]
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: seconds, ratio to `authors`, counted work and memory; then the stages."""
+    steps = [r for r in records if r["op"] == "step"]
+    base = steps[0]["seconds_p50"]
+    rows = [
+        [
+            r["provider"], f"{r['seconds_p50']:.3f}", f"{base / r['seconds_p50']:.2f}x", f"{r['images_per_second']:.1f}",
+            f"{r['forward_units']:.2f}", *(f"{r[key]:.0f}" if key in r else "-" for key in ("activation_mb", "peak_mb")),
+            f"{r['compile_seconds']:.0f}" if "compile_seconds" in r else "-",
+        ]
+        for r in steps
+    ]  # fmt: skip
+    header = ["provider", "s per step", "faster", "images/s", "forward units", "activations, MB", "peak, MB", "compile, s"]
+    lines = [markdown_table(header, rows)]
     for r in records:
-        ratio = base["seconds_p50"] / r["seconds_p50"]
-        units, megabytes = r["forward_units"], r["activation_mb"]
-        lines.append(f"| {r['provider']} | {r['seconds_p50']:.3f} | {ratio:.2f}x | {units:.2f} | {megabytes:.0f} |")
+        if r["op"] == "stages":
+            whole = sum(r["seconds"].values())
+            parts = [f"{name} {seconds / whole:.0%}" for name, seconds in r["seconds"].items()]
+            lines.append(f"\nstages of ours-eager: {', '.join(parts)}")
     return "\n".join(lines)
 
 
@@ -192,17 +264,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--masking", default="", help="a strategy other than the method's, as `cammask train --masking`")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("auto", "bf16", "tf32", "fp32"), default="auto", help="of our providers")
+    parser.add_argument(
+        "--providers", nargs="+", choices=PROVIDERS, help="default: the eager ones; on cuda and for tiny the compiled ones too"
+    )
+    parser.add_argument("--ablations", action="store_true", help="our step with one identity switched off at a time, too")
+    parser.add_argument(
+        "--time-to-accuracy", type=int, metavar="SEEDS", help="instead: training time on the embedded benchmark"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line per record")
-    parser.add_argument("--out", type=Path, help="append the records to this file too")
+    parser.add_argument("--out", type=Path, help="write the records to this file too")
 
 
 def main(options: argparse.Namespace) -> int:
+    if options.time_to_accuracy is not None:
+        from bench.step import time_to_accuracy
+
+        records = time_to_accuracy.measure(options.mode, seeds=options.time_to_accuracy)
+        show(records, time_to_accuracy.table(records), as_json=options.json, out=options.out)
+        return 0
     if options.batch < 2 or options.repeats < 5:
         raise ValueError("--batch: at least 2 images (a fill needs a donor); --repeats: at least 5")
-    records = race(options.arch, options.mode, options.batch, masking=options.masking, repeats=options.repeats)
-    lines = [json.dumps(record) for record in records]
-    print("\n".join(lines) if options.json else table(records))
-    if options.out is not None:
-        with options.out.open("a") as file:
-            file.write("\n".join(lines) + "\n")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    config = TrainConfig(method=options.mode, masking=options.masking, precision=options.precision)
+    compiled = options.device == "cuda" or options.arch == "tiny"
+    providers = list(options.providers or (PROVIDERS[:5] if compiled else EAGER)) + (
+        list(ABLATIONS) if options.ablations else []
+    )
+    race = Race(arch=options.arch, config=config, batch=options.batch, device=options.device)
+    records = list(run_race(race, list(dict.fromkeys(providers)), repeats=options.repeats))
+    show(records, table(records), as_json=options.json, out=options.out)
     return 0
