@@ -9,9 +9,11 @@ from typing import Any
 
 from bench.kernels.cpu import markdown
 from bench.records import ROOT, markdown_table, read
+from bench.step import time_to_accuracy
 
 NO_GPU = "No GPU figures yet: none has been measured."
 NO_CPU = "No CPU figures yet: none has been measured."
+NO_STEP_ON_GPU = "The step is not yet measured on a GPU; here are its counted work and memory and what a CPU shows."
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -28,6 +30,7 @@ def main(options: argparse.Namespace) -> int:
     records = [record for path in sorted(options.results.glob("*.jsonl")) for record in read(path)]
     text = options.readme.read_text()
     text = fill(text, "gpu", gpu_section(records))
+    text = fill(text, "step", step_section(records))
     text = fill(text, "cpu", f"{cpu_section(records)}\n\n{static_section(records)}".strip())
     options.readme.write_text(text)
     print(f"written to {options.readme}")
@@ -77,6 +80,64 @@ def _rate(record: Mapping[str, Any] | None) -> str:
     if "teraflops" in record:
         return f"{record['teraflops']:.1f} TFLOP/s ({record['share_of_matmul']:.0%} of matmul)"
     return f"{record['gigabytes_per_second']:.0f} GB/s ({record['share_of_copy']:.0%} of copy)"
+
+
+def step_section(records: Records) -> str:
+    """The whole step: a table per machine, model, method and, on a CPU, batch; then the stages and the time to accuracy. The
+    last record of a provider counts."""
+    steps = [r for r in records if r.get("op") == "step"]
+    sections = [] if any("gpu" in r for r in steps) else [NO_STEP_ON_GPU]
+
+    def race_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+        on_gpu = "gpu" in record
+        return record["gpu" if on_gpu else "cpu"], record["arch"], record["mode"], None if on_gpu else record["batch"]
+
+    for race in dict.fromkeys(race_of(r) for r in steps):
+        latest = list({r["provider"]: r for r in steps if race_of(r) == race}.values())
+        device, arch, mode, batch = race
+        last = latest[-1]
+        with_batch = "each at its largest batch" if batch is None else f"batch {batch}, {last['threads']} threads"
+        where = f"{arch}, {mode}, {with_batch}, {device}, torch {last['torch']}, commit {last['commit']}"
+        base = next((r for r in latest if r["provider"] == "authors" and "error" not in r), None)
+        rows = [_step_row(r, base) for r in latest]
+        header = [
+            "provider",
+            "precision",
+            "batch",
+            "s per step",
+            "images/s",
+            "faster",
+            "forward units",
+            "activations, MB",
+            "peak, MB",
+        ]
+        section = f"{where}:\n\n{markdown_table(header, rows)}"
+        split = [r["seconds"] for r in records if r.get("op") == "stages" and race_of(r) == race]
+        if split:
+            whole = sum(split[-1].values())
+            shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in split[-1].items())
+            section += f"\n\nStages of ours-eager: {shares}."
+        sections.append(section)
+    reached = [r for r in records if r.get("op") == "time-to-accuracy"]
+    if reached:
+        last = reached[-1]
+        sections.append(
+            f"Time to 99 % of the final ID accuracy, {last['mode']} on the embedded benchmark, {len(reached) // 2} seeds, "
+            f"{last['cpu']}, {last['threads']} threads, commit {last['commit']}:\n\n{time_to_accuracy.table(reached)}"
+        )
+    return "\n\n".join(sections)
+
+
+def _step_row(record: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[str]:
+    name = record["provider"]
+    if "error" in record:
+        return [name, "-", str(record["batch"]), record["error"].split(":")[0], *["-"] * 5]
+    faster = "-" if base is None else f"{record['images_per_second'] / base['images_per_second']:.2f}x"
+    memory = [f"{record[key]:.0f}" if key in record else "-" for key in ("activation_mb", "peak_mb")]
+    return [
+        name, record["precision"], str(record["batch"]), f"{record['seconds_p50']:.3f}", f"{record['images_per_second']:.1f}",
+        faster, f"{record['forward_units']:.2f}", *memory,
+    ]  # fmt: skip
 
 
 def cpu_section(records: Records) -> str:

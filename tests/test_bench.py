@@ -16,8 +16,10 @@ import cammask_fast
 from bench import gpu, records, report
 from bench.__main__ import main
 from bench.gpu import kernels, tests
+from bench.gpu import step as gpu_step
 from bench.kernels import aot, cpu, static
 from bench.records import ROOT, append, interleaved, markdown_table, read, spread
+from bench.step.race import Race
 from cammask_fast import cli
 from cammask_fast.kernels.backend import INTERPRETED, set_backend
 from cammask_fast.kernels.masked_fill import counterfactual_batch
@@ -352,7 +354,10 @@ def gpu_records() -> list[dict[str, Any]]:
 def test_the_report_writes_gpu_records_into_the_readme(tmp_path: Path, measured: list[dict[str, Any]]) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
     results.mkdir()
-    readme.write_text("a\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nb\n<!-- cpu:begin -->\n<!-- cpu:end -->\nc\n")
+    readme.write_text(
+        "a\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nb\n<!-- cpu:begin -->\n<!-- cpu:end -->\nc\n"
+        "<!-- step:begin --><!-- step:end -->"
+    )
     command = ["report", "--readme", str(readme), "--results", str(results)]
     assert main(command) == 0
     assert report.NO_GPU in readme.read_text()
@@ -396,3 +401,56 @@ def test_a_readme_without_markers_is_refused(text: str) -> None:
 
 def test_tables_line_up() -> None:
     assert markdown_table(["a", "bc"], [["def", "g"]]) == "| a   | bc |\n|-----|----|\n| def | g  |"
+
+
+def step_records() -> list[dict[str, Any]]:
+    shared = {"op": "step", "arch": "ViT-B/16", "mode": "masked-object", "torch": "2.15", "commit": "abc"}
+    cpu = shared | {"cpu": "a CPU", "threads": 2, "batch": 2, "forward_units": 9.0, "precision": "fp32"}
+    gpu = shared | {"gpu": "a GPU", "forward_units": 9.0, "precision": "bf16"}
+    return [
+        cpu | {"provider": "authors", "seconds_p50": 3.0, "images_per_second": 0.7, "activation_mb": 700.0, "peak_mb": 2000.0},
+        cpu
+        | {"provider": "ours-eager", "seconds_p50": 1.5, "images_per_second": 1.4, "activation_mb": 250.0, "peak_mb": 1500.0},
+        {**cpu, "op": "stages", "provider": "ours-eager", "seconds": {"task": 3.0, "cam": 1.0}},
+        gpu | {"provider": "authors", "batch": 64, "seconds_p50": 0.4, "images_per_second": 160.0, "peak_mb": 90000.0},
+        gpu | {"provider": "authors-compiled", "batch": 512, "error": "out of memory"},
+        gpu | {"provider": "ours-compiled", "batch": 512, "seconds_p50": 0.4, "images_per_second": 1280.0, "peak_mb": 60000.0},
+    ]
+
+
+def test_the_report_shows_every_race_of_the_step() -> None:
+    text = report.step_section(step_records())
+    rows = [cells(line) for line in text.splitlines() if line.startswith("| ")]
+    assert ["ours-eager", "fp32", "2", "1.500", "1.4", "2.00x", "9.00", "250", "1500"] in rows
+    assert ["ours-compiled", "bf16", "512", "0.400", "1280.0", "8.00x", "9.00", "-", "60000"] in rows
+    assert ["authors-compiled", "-", "512", "out of memory", "-", "-", "-", "-", "-"] in rows
+    assert "ViT-B/16, masked-object, batch 2, 2 threads, a CPU, torch 2.15, commit abc:" in text
+    assert "each at its largest batch, a GPU" in text
+    assert "Stages of ours-eager: task 75%, cam 25%." in text
+    assert report.NO_STEP_ON_GPU not in text
+    assert report.step_section(step_records()[:3]).startswith(report.NO_STEP_ON_GPU)
+
+
+def test_every_provider_runs_at_the_largest_batch_that_fits(tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def measure(race: Race, provider: str) -> dict[str, Any]:
+        seen.append((provider, race.batch))
+        if provider == "authors" and race.batch > 128:
+            raise torch.OutOfMemoryError("no")
+        if provider == "ours-eager":
+            raise RuntimeError("broken")
+        return {"images_per_second": 1.0}
+
+    moments = iter(range(0, 10_000, 100))
+    code = gpu_step.run(
+        tmp_path, archs=["ViT-B/16"], seconds=450, measure=measure, environment=dict, clock=lambda: float(next(moments))
+    )
+    assert code == 1, "a failed case is a failure, after all the others"
+    records = read(tmp_path / "step.jsonl")
+    assert [(r["provider"], r["batch"]) for r in records] == [
+        ("ours-compiled", 512), ("authors", 128), ("authors-compiled", 512), ("ours-eager", 512)
+    ]  # fmt: skip
+    assert [batch for provider, batch in seen if provider == "authors"] == [512, 256, 128]
+    assert records[-1]["error"] == "RuntimeError: broken"
+    assert all(r["mode"] == "masked-object" for r in records), "no case starts after the time is over"

@@ -6,7 +6,7 @@ Both train the shipped tiny CLIP with the demo's settings on the same batches; e
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -90,7 +90,7 @@ def measure(mode: str, *, seeds: int) -> list[dict[str, Any]]:
     return records
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Mean and standard deviation over the seeds."""
     rows, keys = [], ("seconds", "seconds_in_total", "final_accuracy")
     for provider in ("authors", "ours-eager"):
