@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.kernels.cpu import markdown
 from bench.records import ROOT, markdown_table, read
-from bench.step import time_to_accuracy
+from bench.step import cam_options, time_to_accuracy
 
 NO_GPU = "No GPU figures yet: none has been measured."
 NO_CPU = "No CPU figures yet: none has been measured."
@@ -124,6 +124,13 @@ def step_section(records: Records) -> str:
         sections.append(
             f"Time to 99 % of the final ID accuracy, {last['mode']} on the embedded benchmark, {len(reached) // 2} seeds, "
             f"{last['cpu']}, {last['threads']} threads, commit {last['commit']}:\n\n{time_to_accuracy.table(reached)}"
+        )
+    options = [r for r in records if r.get("op") == "cam-option"]
+    if options:
+        last, seeds = options[-1], len({r["seed"] for r in options})
+        sections.append(
+            f"The CAM's options, {last['mode']} on the embedded benchmark, {seeds} seeds, {last['cpu']}, "
+            f"{last['threads']} threads, commit {last['commit']}:\n\n{cam_options.table(options)}"
         )
     return "\n\n".join(sections)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.step import race
+from bench.step import cam_options, race, time_to_accuracy
 from bench.step.ablations import ABLATIONS
 from bench.step.authors import Step, build_authors_step
 from bench.step.memory import LiveStorages
@@ -104,3 +104,14 @@ def test_seconds_until_the_accuracy_is_reached() -> None:
     assert seconds_until(curve) == 3.0
     with pytest.raises(ValueError, match="at least 5 seeds"):
         measure("masked-object", seeds=4)
+    with pytest.raises(ValueError, match="at least 2 seeds"):
+        cam_options.measure("masked-object", seeds=1)
+
+
+def test_tables_of_the_studies_have_a_row_per_variant() -> None:
+    record = {"seconds": 1.0, "seconds_in_total": 2.0, "final_accuracy": 80.0, "id": 80.0, "ood": 75.0}
+    both = [record | {"provider": name} for name in ("authors", "ours-eager") for _ in range(2)]
+    assert "| ours-eager | 1.0 ± 0.0" in time_to_accuracy.table(both)
+    options = [record | {"option": name} for name in cam_options.OPTIONS for _ in range(2)]
+    assert "| Grad-CAM " in cam_options.table(options)
+    assert cam_options.table(options).count("80.0 ± 0.0") == 3

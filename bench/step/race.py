@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -273,17 +274,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-to-accuracy", type=int, metavar="SEEDS", help="instead: training time on the embedded benchmark"
     )
+    parser.add_argument("--cam-options", type=int, metavar="SEEDS", help="instead: cost and gain of the CAM's options there")
     parser.add_argument("--json", action="store_true", help="one JSON line per record")
     parser.add_argument("--out", type=Path, help="write the records to this file too")
 
 
 def main(options: argparse.Namespace) -> int:
-    if options.time_to_accuracy is not None:
-        from bench.step import time_to_accuracy
-
-        records = time_to_accuracy.measure(options.mode, seeds=options.time_to_accuracy)
-        show(records, time_to_accuracy.table(records), as_json=options.json, out=options.out)
-        return 0
+    for seeds, name in ((options.time_to_accuracy, "time_to_accuracy"), (options.cam_options, "cam_options")):
+        if seeds is not None:
+            study = import_module(f"bench.step.{name}")
+            records = study.measure(options.mode, seeds=seeds)
+            show(records, study.table(records), as_json=options.json, out=options.out)
+            return 0
     if options.batch < 2 or options.repeats < 5:
         raise ValueError("--batch: at least 2 images (a fill needs a donor); --repeats: at least 5")
     if options.device == "cuda" and not torch.cuda.is_available():
