@@ -46,6 +46,22 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 2) -> s
     return error
 
 
+def test_precision_bf16_trains_float32_weights(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    bf16 = ["--precision", "bf16"]
+    assert main(["train", "--data", str(photos), "--method", "masked-object", "--out", str(out), *QUICK, *bf16]) == 0
+    assert json.loads((out / "run.json").read_text())["config"]["precision"] == "bf16"
+    model, _ = load_classifier(out / "last.safetensors")
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    accuracies, evaluate = [], ["evaluate", "--checkpoint", str(out / "best.safetensors"), "--data", str(photos), "--json"]
+    for precision in (bf16, []):
+        capsys.readouterr()
+        assert main([*evaluate, *precision]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        accuracies.append(row["accuracy"])
+    assert abs(accuracies[0] - accuracies[1]) <= 100 / row["images"], "at most one image on the edge"
+
+
 def test_train_writes_a_checkpoint_that_evaluate_reads(run: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, description = load_classifier(run / "best.safetensors")
     assert description.class_names == ("dog", "red fox")

@@ -1,4 +1,5 @@
-"""The kernels' tests on a real GPU, in every dtype, then compute-sanitizer's memcheck on small shapes where it is installed."""
+"""Tests of the kernels, in every dtype, and of the compiled step on a real GPU, then compute-sanitizer's memcheck on small
+shapes where it is installed."""
 
 from __future__ import annotations
 
@@ -69,6 +70,7 @@ def run(
             "no:cacheprovider",
             f"--junitxml={junit}",
             "tests/kernels",
+            "tests/test_step_on_gpu.py",
         ]
         outcome = _outcome(execute(command, out / "tests.log", SECONDS - MEMCHECK_SHARE, {}), clock() - started)
         outcome |= counts(junit)
