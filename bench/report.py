@@ -85,20 +85,23 @@ def _rate(record: Mapping[str, Any] | None) -> str:
 def step_section(records: Records) -> str:
     """The whole step: a table per machine, model, method and, on a CPU, batch; then the stages and the time to accuracy. The
     last record of a provider counts."""
-    steps = [r for r in records if r.get("op") == "step"]
+    steps = [r for r in records if r.get("op") in ("step", "ablation")]
     sections = [] if any("gpu" in r for r in steps) else [NO_STEP_ON_GPU]
 
     def race_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
         on_gpu = "gpu" in record
-        return record["gpu" if on_gpu else "cpu"], record["arch"], record["mode"], None if on_gpu else record["batch"]
+        device, batch = (record["gpu"], None) if on_gpu else (record["cpu"], record["batch"])
+        return device, record["arch"], record["mode"], batch, record["op"] == "ablation"
 
     for race in dict.fromkeys(race_of(r) for r in steps):
         latest = list({r["provider"]: r for r in steps if race_of(r) == race}.values())
-        device, arch, mode, batch = race
+        device, arch, mode, batch, is_ablation = race
         last = latest[-1]
         with_batch = "each at its largest batch" if batch is None else f"batch {batch}, {last['threads']} threads"
-        where = f"{arch}, {mode}, {with_batch}, {device}, torch {last['torch']}, commit {last['commit']}"
-        base = next((r for r in latest if r["provider"] == "authors" and "error" not in r), None)
+        what = "one saving switched off at a time, " if is_ablation else ""
+        where = f"{what}{arch}, {mode}, {with_batch}, {device}, torch {last['torch']}, commit {last['commit']}"
+        against = "ours-eager" if is_ablation else "authors"
+        base = next((r for r in latest if r["provider"] == against and "error" not in r), None)
         rows = [_step_row(r, base) for r in latest]
         header = [
             "provider",

@@ -411,6 +411,8 @@ def step_records() -> list[dict[str, Any]]:
         cpu | {"provider": "authors", "seconds_p50": 3.0, "images_per_second": 0.7, "activation_mb": 700.0, "peak_mb": 2000.0},
         cpu
         | {"provider": "ours-eager", "seconds_p50": 1.5, "images_per_second": 1.4, "activation_mb": 250.0, "peak_mb": 1500.0},
+        cpu | {"op": "ablation", "provider": "ours-eager", "seconds_p50": 1.6, "images_per_second": 1.25},
+        cpu | {"op": "ablation", "provider": "without-x", "seconds_p50": 2.0, "images_per_second": 1.0},
         {**cpu, "op": "stages", "provider": "ours-eager", "seconds": {"task": 3.0, "cam": 1.0}},
         gpu | {"provider": "authors", "batch": 64, "seconds_p50": 0.4, "images_per_second": 160.0, "peak_mb": 90000.0},
         gpu | {"provider": "authors-compiled", "batch": 512, "error": "out of memory"},
@@ -426,9 +428,10 @@ def test_the_report_shows_every_race_of_the_step() -> None:
     assert ["authors-compiled", "-", "512", "out of memory", "-", "-", "-", "-", "-"] in rows
     assert "ViT-B/16, masked-object, batch 2, 2 threads, a CPU, torch 2.15, commit abc:" in text
     assert "each at its largest batch, a GPU" in text
+    assert ["without-x", "fp32", "2", "2.000", "1.0", "0.80x", "9.00", "-", "-"] in rows
     assert "Stages of ours-eager: task 75%, cam 25%." in text
     assert report.NO_STEP_ON_GPU not in text
-    assert report.step_section(step_records()[:3]).startswith(report.NO_STEP_ON_GPU)
+    assert report.step_section(step_records()[:5]).startswith(report.NO_STEP_ON_GPU)
 
 
 def test_every_provider_runs_at_the_largest_batch_that_fits(tmp_path: Path) -> None:

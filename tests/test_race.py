@@ -43,16 +43,20 @@ def test_live_storages_counts_what_operators_allocate_and_free() -> None:
 
 def test_records_of_a_tiny_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = arguments("--arch", "tiny", "--batch", "2", "--repeats", "5", "--json", "--out", str(tmp_path / "step.jsonl"),
-                        "--ablations", "--providers", *race.EAGER)  # fmt: skip
+                        "--providers", *race.EAGER)  # fmt: skip
     assert race.main(options) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert records == [json.loads(line) for line in options.out.read_text().splitlines()]
     *steps, split = records
-    assert [r["provider"] for r in steps] == [*race.EAGER, *ABLATIONS]
+    assert [(r["op"], r["provider"]) for r in steps] == [("step", provider) for provider in race.EAGER]
     assert split["op"] == "stages"
     assert set(split["seconds"]) == {*STAGES, "optimiser"}
     assert all(seconds > 0 for seconds in split["seconds"].values())
-    authors, _, ours, *ablations = steps
+    assert race.main(arguments("--arch", "tiny", "--batch", "2", "--repeats", "5", "--json", "--ablations")) == 0
+    again, *ablations = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["op"], r["provider"]) for r in ablations] == [("ablation", name) for name in ABLATIONS]
+    authors, _, ours = steps
+    assert again["forward_units"] == ours["forward_units"]
     for record in ablations:
         switched_off = record["provider"].removeprefix("without-")
         costs_work = switched_off in ("shared-forward", "cls-last-block", "cls-row")

@@ -200,8 +200,8 @@ def _wait(device: str) -> None:
 
 
 def run_race(race: Race, providers: Sequence[str], *, repeats: int = 7) -> Iterator[dict[str, Any]]:
-    """A record per provider, timed in turn in the same run, then one of our stages. Raises ValueError where the providers
-    disagree."""
+    """A record per provider, timed in turn in the same run: op `step`, with one of our stages at the end, or `ablation` where
+    the authors do not run. Raises ValueError where the providers disagree."""
     use_matrix_units(resolve(race.config.precision, race.device))
     compare(race, providers)
     runs, compile_seconds = {}, {}
@@ -221,6 +221,7 @@ def run_race(race: Race, providers: Sequence[str], *, repeats: int = 7) -> Itera
     where = gpu_environment() if race.device == "cuda" else cpu_environment()
     resolved = race.config.resolved
     shared = {"arch": race.arch, "mode": race.config.method, "masking": resolved.masking, "batch": race.batch}
+    op = "step" if "authors" in providers else "ablation"
     for provider in providers:
         precision = "fp32" if provider.startswith("authors") else resolve(race.config.precision, race.device)
         figures = counted(race, provider)
@@ -229,17 +230,17 @@ def run_race(race: Race, providers: Sequence[str], *, repeats: int = 7) -> Itera
             figures["compile_seconds"] = compile_seconds[provider]
         seconds = times[provider]
         yield {
-            "op": "step", "provider": provider, **shared, "precision": "bf16" if provider == "authors-compiled" else precision,
+            "op": op, "provider": provider, **shared, "precision": "bf16" if provider == "authors-compiled" else precision,
             **seconds.fields(), "images_per_second": race.batch / seconds.p50,
             "teraflops": figures["flops"] / seconds.p50 / 1e12, **figures, **where,
         }  # fmt: skip
-    if "ours-eager" in providers:
+    if op == "step" and "ours-eager" in providers:
         yield {"op": "stages", "provider": "ours-eager", **shared, "seconds": split(race), **where}
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: seconds, ratio to `authors`, counted work and memory; then the stages."""
-    steps = [r for r in records if r["op"] == "step"]
+    """Markdown: seconds, ratio to the first provider, counted work and memory; then the stages."""
+    steps = [r for r in records if r["op"] != "stages"]
     base = steps[0]["seconds_p50"]
     rows = [
         [
@@ -270,7 +271,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--providers", nargs="+", choices=PROVIDERS, help="default: the eager ones; on cuda and for tiny the compiled ones too"
     )
-    parser.add_argument("--ablations", action="store_true", help="our step with one identity switched off at a time, too")
+    parser.add_argument("--ablations", action="store_true", help="instead: our step with one identity switched off at a time")
     parser.add_argument(
         "--time-to-accuracy", type=int, metavar="SEEDS", help="instead: training time on the embedded benchmark"
     )
@@ -292,10 +293,10 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     config = TrainConfig(method=options.mode, masking=options.masking, precision=options.precision)
     compiled = options.device == "cuda" or options.arch == "tiny"
-    providers = list(options.providers or (PROVIDERS[:5] if compiled else EAGER)) + (
-        list(ABLATIONS) if options.ablations else []
-    )
+    providers = list(dict.fromkeys(options.providers or (PROVIDERS[:5] if compiled else EAGER)))
+    if options.ablations:
+        providers = ["ours-eager", *ABLATIONS]
     race = Race(arch=options.arch, config=config, batch=options.batch, device=options.device)
-    records = list(run_race(race, list(dict.fromkeys(providers)), repeats=options.repeats))
+    records = list(run_race(race, providers, repeats=options.repeats))
     show(records, table(records), as_json=options.json, out=options.out)
     return 0
