@@ -253,15 +253,15 @@ def eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) 
     """Passes over autograd's graph; weight gradients go to `.grad`."""
     call: Callable[..., Prediction] = student
     if student.visual.conv1.weight.dtype != dtype:
-        call = partial(functional_call, student, compute_weights(dict(student.named_parameters()), dtype))
+        weights = compute_weights(dict(student.named_parameters()), dtype)
+
+        def call(patches: Tensor, **options: Any) -> Prediction:
+            return functional_call(student, weights, (patches,), options)
 
     def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass:
         taps = Taps() if tapped else None
         tokens = {} if masked is None else {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}
-        if isinstance(call, Classifier):
-            prediction = call(patches, taps=taps, **tokens)
-        else:
-            prediction = call((patches,), {"taps": taps, **tokens})
+        prediction = call(patches, taps=taps, **tokens)
 
         def tap_gradients(score: Tensor) -> Sequence[Tensor]:
             assert taps is not None

@@ -218,7 +218,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(method: str) -> None:
 def test_accumulation_in_the_loop_gives_the_run_of_whole_batches() -> None:
     config = replace(SHORT, method="ft-fd")
     whole, parts = weights(config, dtype=torch.float64), weights(replace(config, accumulate=2), dtype=torch.float64)
-    assert torch.allclose(whole, parts, rtol=0, atol=1e-9)
+    assert torch.allclose(whole, parts, rtol=0, atol=1e-11)  # Adam hides a wrong scale down to its eps
 
 
 @pytest.mark.parametrize(("log_every", "step"), [(1, 1), (2, 2), (100, 6)])

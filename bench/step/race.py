@@ -53,7 +53,7 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Race:
-    """What is raced. precision: of our providers; the authors' are float32, compiled bf16 on CUDA."""
+    """What is raced. config.precision is that of our providers; the authors' is float32, and bf16 autocast where compiled."""
 
     arch: str
     config: TrainConfig
