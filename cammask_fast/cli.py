@@ -16,7 +16,10 @@ from cammask_fast import __version__
 from cammask_fast.config import COMPILE, METHODS, PRECISIONS, TrainConfig, load_recipe, recipe_names
 
 if TYPE_CHECKING:  # torch and what needs it are imported where they are used: `cammask --help` answers at once
+    from cammask_fast.data.loading import Loading
     from cammask_fast.data.sources import EvaluationSet, TrainingData
+    from cammask_fast.distributed import World
+    from cammask_fast.evaluate import Score
     from cammask_fast.model.classifier import Classifier
 
 TRAIN_OPTIONS = (
@@ -25,6 +28,8 @@ TRAIN_OPTIONS = (
 )  # fmt: skip
 
 Options = dict[str, Any]
+
+SCORES = "folder of scores.json, scores.csv, per_class.csv and the list of unreadable images (default: only printed)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,17 +84,18 @@ def build_parser() -> Parser:
     folder = "folder of best.safetensors, last.safetensors and run.json (default: runs/METHOD-seedSEED)"
     _shared(train, out=(None, folder), precisions=PRECISIONS)
 
-    evaluate = command("evaluate", run_evaluate, "accuracy of a checkpoint on a folder of images or the benchmark's test sets")
+    text = "accuracy of a checkpoint on folders, shards, ImageNet and its shifts, or the benchmark's test sets"
+    evaluate = command("evaluate", run_evaluate, text)
     evaluate.add_argument("--checkpoint", type=Path, required=True)
     evaluate.add_argument("--arch", help="refuse a checkpoint of any other architecture")
     _data(evaluate, table=True)
-    _shared(evaluate, precisions=PRECISIONS)
+    _shared(evaluate, out=(None, SCORES), precisions=PRECISIONS)
 
     zeroshot = command("zeroshot", run_zeroshot, "accuracy of a pre-trained CLIP without any training")
     _data(zeroshot, table=True)
     _model(zeroshot)
     _class_text(zeroshot)
-    _shared(zeroshot, precisions=PRECISIONS)
+    _shared(zeroshot, out=(None, SCORES), precisions=PRECISIONS)
 
     wise = command("wise-ft", run_wise_ft, "evaluate interpolations between zero-shot and fine-tuned weights")
     wise.add_argument("--start", type=Path, required=True, help="zero-shot checkpoint: `train --method zeroshot` writes one")
@@ -98,7 +104,7 @@ def build_parser() -> Parser:
     _data(wise, table=True)
     _shared(
         wise,
-        out=(None, "folder for one checkpoint per alpha, alpha-0.50.safetensors (default: none is written)"),
+        out=(None, "folder for scores.json and one checkpoint per alpha, alpha-0.50.safetensors (default: none is written)"),
         precisions=PRECISIONS,
     )
 
@@ -125,18 +131,43 @@ def build_parser() -> Parser:
     _data(preview)
     preview.add_argument("--seed", type=int, default=0, help="seed of the benchmark's training images")
     preview.add_argument("--out", type=Path, default=Path("preview.png"), help="PNG file (default: %(default)s)")
+    pack = command("pack", run_pack, "write tar shards of an image folder; run again to go on after a stop", inside=actions)
+    pack.add_argument("folder", metavar="FOLDER", help="class folders, perhaps in train/ and val/")
+    pack.add_argument("out", type=Path, metavar="OUT", help="folder of the shards")
+    pack.add_argument("--per-shard", type=int, default=1000, help="images per shard (default: %(default)s)")
+    pack.add_argument("--resize", type=int, metavar="PIXELS", help="decode once, make the short side this long, write JPEG")
+    pack.add_argument("--quality", type=int, default=95, help="of the JPEGs of --resize (default: %(default)s)")
+    pack.add_argument("--seed", type=int, default=0, help="of the order in the shards")
+    pack.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE", help="stop above this share of unreadable images")
 
     commands.add_parser("bench", help="measurements, from a checkout: `cammask bench X` is `python -m bench X`")
     return parser
 
 
 def _data(parser: Parser, *, table: bool = False) -> None:
-    parser.add_argument(
-        "--data", required=True, metavar="FOLDER", help="image folder, or texture-digits: the embedded benchmark"
+    if not table:
+        text = (
+            "image folder, tar shards (a folder, a pattern in braces, a .txt list), or texture-digits: the embedded benchmark"
+        )
+        parser.add_argument("--data", required=True, metavar="FOLDER", help=text)
+        return
+    text = (
+        "image folders, tar shards, texture-digits, NAME=FOLDER for a set of ImageNet's family, or a folder that holds several"
     )
-    if table:
-        parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
-        parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help=text)
+    parser.add_argument("--allow-incomplete", action="store_true", help="evaluate sets of ImageNet's family that are not whole")
+    _loading(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _loading(parser: Parser) -> None:
+    text = "dali, torch, or auto (default): DALI where it is installed"
+    parser.add_argument("--loader", default="auto", choices=("auto", "dali", "torch"), help=text)
+    parser.add_argument("--workers", type=int, help="threads or processes that load images (default: the cores, at most 8)")
+    text = "stop above this share of unreadable images (default: %(default)s)"
+    parser.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE", help=text)
+    text = "share of the JPEGs for the GPU's hardware decoder (default: %(default)s, for A100, H100 and H200)"
+    parser.add_argument("--hardware-share", type=float, default=0.75, metavar="SHARE", help=text)
 
 
 def _model(parser: Parser) -> None:
@@ -184,8 +215,13 @@ def _training(parser: Parser) -> None:
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--alpha", type=float, help="WiSE-FT's share of the fine-tuned weights")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--val-share", type=float, default=0.1, help="images held out per class where there is no val/ folder")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--val-share", type=float, help="hold out this share of each class (default: val/, else 0.1)")
+    parser.add_argument("--val-images", type=int, metavar="N", help="hold out N images, stratified (the paper: 10240)")
+    parser.add_argument("--shots", type=int, metavar="K", help="train on K images per class, or all of a class that has fewer")
+    parser.add_argument("--classes", default="", metavar="LIST", help="class folders to use: a,b,c or a file with one per line")
+    text = "random-crop=0.08 flip color-jitter=0.4 rand-augment=2,9 (default: none, as in the paper)"
+    parser.add_argument("--augment", nargs="+", default=[], metavar="NAME", help=text)
+    _loading(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
 
 
@@ -223,41 +259,82 @@ def run_train(args: Options) -> None:
         raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
 
     from cammask_fast.checkpoint import describe_run
-    from cammask_fast.data.sources import open_training
+    from cammask_fast.data.decode import Augment
+    from cammask_fast.data.sources import Selection, class_list, open_training
     from cammask_fast.evaluate import accuracy
     from cammask_fast.model.pretrained import vit_config
     from cammask_fast.step import build_strategy
 
+    refuse_torchrun("train")
     build_strategy(config)
     device, vit = device_of(args), vit_config(arch)
     trains = config.resolved.trained != "none"
+    selection = Selection(
+        val_share=args["val_share"], val_images=args["val_images"], shots=args["shots"], classes=class_list(args["classes"])
+    )
+    loading = loading_of(args, device, out)
     data = open_training(
         args["data"], image_size=vit.image_size, batch_size=config.batch_size if trains else 1, seed=config.seed,
-        val_share=args["val_share"], class_names=args["class_names"], workers=args["workers"],
+        selection=selection, augment=Augment.parse(args["augment"]), class_names=args["class_names"], loading=loading,
     )  # fmt: skip
     model = zero_shot_model(arch, pretrained, data.class_names, args["templates"], device)
     started = time.perf_counter()
-    models = train_with_progress(model, data, config) if trains else {"best": model}
+    models, waited = train_with_progress(model, data, config) if trains else ({"best": model}, 0.0)
     seconds = time.perf_counter() - started
     score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
     run = {
         **describe_run(config.to_dict(), score, data.class_names),
         "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device, "class_folders": data.class_folders,
-        "train_images": len(data.train.labels), "seconds": round(seconds, 1), "cammask_fast": __version__,
+        "train_images": len(data.train.labels), "seconds": round(seconds, 1), "waited_for_data": round(waited, 4),
+        "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
     }  # fmt: skip
     save(out, models, arch, data.class_names, run)
     (out / "run.json").write_text(json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n", encoding="utf-8")
     validated = "" if score is None else f"validation accuracy {score:.2f} %, "
     print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
+    say_unreadable(data.train, data.validation)
 
 
-def train_with_progress(model: Classifier, data: TrainingData, config: TrainConfig) -> dict[str, Classifier]:
+def loading_of(args: Options, device: str, folder: Path | None, world: World | None = None) -> Loading:
+    """The loaders' options; `folder` gets the list of unreadable images."""
+    import torch
+
+    from cammask_fast.data.loading import REPORT, Loading
+    from cammask_fast.distributed import World
+
+    world = world or World()
+    return Loading(
+        kind=args["loader"], workers=args["workers"], max_bad=args["max_bad"], report=(folder or Path()) / REPORT,
+        device=torch.device(device, world.local_rank) if device == "cuda" else device,
+        rank=world.rank, world_size=world.size,
+        hardware_share=args["hardware_share"],
+    )  # fmt: skip
+
+
+def refuse_torchrun(command: str) -> None:
+    from cammask_fast.distributed import launched
+
+    if launched():
+        raise ValueError(f"{command} runs in one process for now; start it without torchrun")
+
+
+def say_unreadable(*loaders: Any) -> None:
+    """A line on stderr for every loader that left images out."""
+    for loader in loaders:
+        bad = getattr(loader, "bad", None)
+        if bad:
+            print(f"cammask: {bad.summary()}", file=sys.stderr)
+
+
+def train_with_progress(model: Classifier, data: TrainingData, config: TrainConfig) -> tuple[dict[str, Classifier], float]:
+    """The trained models by name, and the share of the time that the step waited for data."""
     from cammask_fast.metrics import TrainingProgress
     from cammask_fast.train import fine_tune
 
     with TrainingProgress(config.epochs * len(data.train) * config.batch_size) as progress:
         log_every = min(10, len(data.train))
-        return fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every)._asdict()
+        models = fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every)._asdict()
+        return models, progress.waited
 
 
 def zero_shot_model(arch: str, pretrained: str, class_names: Sequence[str], templates: Path | None, device: str) -> Classifier:
@@ -280,78 +357,137 @@ def save(folder: Path, models: Mapping[str, Classifier], arch: str, class_names:
 def run_evaluate(args: Options) -> None:
     from cammask_fast.checkpoint import load_classifier
     from cammask_fast.data.sources import open_evaluation
+    from cammask_fast.distributed import world
     from cammask_fast.model.pretrained import vit_config
 
     device = device_of(args)
     expected = vit_config(args["arch"]) if args["arch"] else None
     model, description = load_classifier(args["checkpoint"], expect_vit=expected)
-    sets = open_evaluation(
-        args["data"], image_size=description.vit.image_size, workers=args["workers"],
-        class_folders=description.run.get("class_folders", description.class_names),
-    )  # fmt: skip
-    print_scores(scores(model.to(device), sets, args), sets, as_json=args["json"])
+    folders = description.run.get("class_folders", description.class_names)
+    with world(device) as here:
+        sets = open_evaluation(
+            args["data"], image_size=description.vit.image_size, class_folders=folders,
+            loading=loading_of(args, device, args["out"], here), allow_incomplete=args["allow_incomplete"],
+        )  # fmt: skip
+        scores = {name: of_set[0] for name, of_set in scores_of([model.to(device)], sets, args).items()}
+        show_scores(scores, sets, args, here)
 
 
 def run_zeroshot(args: Options) -> None:
-    from cammask_fast.data.folder import read_class_names
-    from cammask_fast.data.sources import BENCHMARK, open_evaluation
+    from cammask_fast.data.sources import BENCHMARK, folders_of, names_of, open_evaluation
+    from cammask_fast.distributed import world
     from cammask_fast.model.pretrained import vit_config
 
     device, arch = device_of(args), args["arch"] or "tiny"
-    sets = open_evaluation(args["data"], image_size=vit_config(arch).image_size, workers=args["workers"])
-    folders = next(iter(sets.values())).class_folders
-    names = folders if args["data"] == BENCHMARK else read_class_names(args["class_names"], folders)
-    model = zero_shot_model(arch, args["pretrained"], names, args["templates"], device)
-    print_scores(scores(model, sets, args), sets, as_json=args["json"])
+    folders = folders_of(args["data"])
+    names = folders if args["data"][0] == BENCHMARK else names_of(args["class_names"], folders)
+    with world(device) as here:
+        sets = open_evaluation(
+            args["data"], image_size=vit_config(arch).image_size, class_folders=folders,
+            loading=loading_of(args, device, args["out"], here), allow_incomplete=args["allow_incomplete"],
+        )  # fmt: skip
+        model = zero_shot_model(arch, args["pretrained"], names, args["templates"], device)
+        scores = {name: of_set[0] for name, of_set in scores_of([model], sets, args).items()}
+        show_scores(scores, sets, args, here)
 
 
-def scores(model: Classifier, sets: Mapping[str, EvaluationSet], args: Options) -> dict[str, float]:
-    """Accuracy in percent on every set, in the precision asked for."""
-    from cammask_fast.evaluate import accuracy
+def scores_of(models: Sequence[Classifier], sets: Mapping[str, EvaluationSet], args: Options) -> dict[str, list[Score]]:
+    """A score per model on every set, in the precision asked for; each set is read once."""
+    from cammask_fast.evaluate import evaluate
     from cammask_fast.precision import product_dtype, resolve, use_matrix_units
 
     device, precision = device_of(args), args["precision"] or "auto"
     use_matrix_units(resolve(precision, device))
-    model = model.stored_in(product_dtype(precision, model.head.weight))
-    return {name: accuracy(model, one.loader, device=device) for name, one in sets.items()}
+    models = [model.stored_in(product_dtype(precision, model.head.weight)) for model in models]
+    return {
+        name: evaluate(models, one.loader, groups=one.groups, classes=len(one.class_folders), device=device)
+        for name, one in sets.items()
+    }
 
 
-def print_scores(accuracies: Mapping[str, float], sets: Mapping[str, EvaluationSet], *, as_json: bool) -> None:
+def average_ood(accuracies: Mapping[str, float]) -> tuple[str, float] | None:
+    """The mean over the sets beside ImageNet or the benchmark's ID set, or over all without these; None for one set."""
+    shifted = [value for name, value in accuracies.items() if name not in ("imagenet", "id")]
+    if len(accuracies) < 2:
+        return None
+    return "average OOD" if len(shifted) < len(accuracies) else "average", sum(shifted) / len(shifted)
+
+
+def show_scores(scores: Mapping[str, Score], sets: Mapping[str, EvaluationSet], args: Options, here: World) -> None:
+    """Print and write the scores, on the first rank."""
     from cammask_fast.metrics import score_table
 
+    say_unreadable(*(one.loader for one in sets.values()))
+    if not here.first:
+        return
     rows = [
-        {"data": name, "images": len(one.labels), "classes": len(one.labels.unique()), "accuracy": accuracies[name]}
-        for name, one in sets.items()
-    ]
-    print(json.dumps(rows, indent=1) if as_json else score_table(rows))
+        {
+            "data": name, "images": score.images, "classes": sum(value is not None for value in score.per_class),
+            "accuracy": score.top1, "top5": score.top5, "calibration_error": score.calibration_error,
+            "per_class": dict(zip(sets[name].class_folders, score.per_class, strict=True)),
+        }
+        for name, score in scores.items()
+    ]  # fmt: skip
+    average = average_ood({name: score.top1 for name, score in scores.items()})
+    record = {"sets": rows, "average": None if average is None else {"name": average[0], "accuracy": average[1]}}
+    text = json.dumps(record, indent=1)
+    if args["out"] is not None:
+        write_scores(args["out"], text, rows)
+    print(text if args["json"] else score_table(rows, average))
+
+
+def write_scores(folder: Path, text: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    import csv
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
+    numbers = ("data", "images", "classes", "accuracy", "top5", "calibration_error")
+    with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([numbers, *([row[name] for name in numbers] for row in rows)])
+    with (folder / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
+        of_class = [(row["data"], name, value) for row in rows for name, value in row["per_class"].items() if value is not None]
+        csv.writer(file).writerows([("data", "class", "accuracy"), *of_class])
 
 
 def run_wise_ft(args: Options) -> None:
     from cammask_fast.checkpoint import load_classifier
     from cammask_fast.data.sources import open_evaluation
-    from cammask_fast.model.classifier import interpolate
-    from cammask_fast.wise_ft import sweep
+    from cammask_fast.distributed import world
+    from cammask_fast.wise_ft import interpolations
 
     device = device_of(args)
     start, _ = load_classifier(args["start"])
     end, description = load_classifier(args["end"], expect_vit=start.visual.config)
-    sets = open_evaluation(
-        args["data"], image_size=description.vit.image_size, workers=args["workers"],
-        class_folders=description.run.get("class_folders", description.class_names),
-    )  # fmt: skip
-
-    curve = sweep(start.to(device), end.to(device), args["alphas"], lambda model: scores(model, sets, args))
-    fine_tuned = {name: value.clone() for name, value in end.state_dict().items()}
-    for alpha in args["alphas"] if args["out"] is not None else ():
-        end.load_state_dict(interpolate(start.state_dict(), fine_tuned, alpha))
-        run = {**description.run, "validation_accuracy": None, "alpha": alpha}
-        save(args["out"], {f"alpha-{alpha:.2f}": end}, description.arch, description.class_names, run)
+    models = interpolations(start.to(device), end.to(device), args["alphas"])
+    with world(device) as here:
+        sets = open_evaluation(
+            args["data"], image_size=description.vit.image_size,
+            class_folders=description.run.get("class_folders", description.class_names),
+            loading=loading_of(args, device, args["out"], here), allow_incomplete=args["allow_incomplete"],
+        )  # fmt: skip
+        scores = scores_of(models, sets, args)
+        say_unreadable(*(one.loader for one in sets.values()))
+        if not here.first:
+            return
+    curve = []
+    for place, alpha in enumerate(args["alphas"]):
+        accuracies = {name: of_set[place].top1 for name, of_set in scores.items()}
+        average = average_ood(accuracies)
+        curve.append({"alpha": alpha, "accuracy": accuracies, "average": None if average is None else average[1]})
+    text = json.dumps(curve, indent=1)
+    if args["out"] is not None:
+        for alpha, model in zip(args["alphas"], models, strict=True):
+            run = {**description.run, "validation_accuracy": None, "alpha": alpha}
+            save(args["out"], {f"alpha-{alpha:.2f}": model}, description.arch, description.class_names, run)
+        (args["out"] / "scores.json").write_text(text + "\n", encoding="utf-8")
     if args["json"]:
-        print(json.dumps([{"alpha": alpha, "accuracy": row} for alpha, row in curve], indent=1))
+        print(text)
         return
-    print("alpha  " + "  ".join(f"{name:>6}" for name in sets))
-    for alpha, row in curve:
-        print(f"{alpha:5.2f}  " + "  ".join(f"{value:{max(6, len(name))}.2f}" for name, value in row.items()))
+    print("alpha  " + "  ".join(f"{name:>6}" for name in (*sets, *(["average OOD"] if len(sets) > 1 else []))))
+    for row in curve:
+        cells = [(len(name), value) for name, value in row["accuracy"].items()]
+        cells += [(len("average OOD"), row["average"])] if row["average"] is not None else []
+        print(f"{row['alpha']:5.2f}  " + "  ".join(f"{value:{max(6, width)}.2f}" for width, value in cells))
 
 
 def run_mask(args: Options) -> None:
@@ -389,6 +525,26 @@ def run_preview(args: Options) -> None:
     args["out"].parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(args["out"], preview_rows(args["data"], seed=args["seed"]))
     print(f"written to {args['out']}")
+
+
+def run_pack(args: Options) -> None:
+    from cammask_fast.data.bad_samples import BadSamples
+    from cammask_fast.data.folder import scan
+    from cammask_fast.data.loading import REPORT
+    from cammask_fast.data.pack import pack
+
+    root, out = Path(args["folder"]), args["out"]
+    splits = [name for name in ("train", "val") if (root / name).is_dir()] or [""]
+    for split in splits:
+        source = scan(root / split)
+        bad = BadSamples(source.where, len(source), max_share=args["max_bad"], report=out / split / REPORT)
+        shards = pack(
+            source, out / split, per_shard=args["per_shard"], resize=args["resize"], quality=args["quality"], seed=args["seed"],
+            bad=bad, progress=lambda done, total: print(f"{done}/{total} images", file=sys.stderr),
+        )  # fmt: skip
+        print(f"{len(source) - len(bad)} images in {len(shards)} shards written to {out / split}")
+        if bad:
+            print(f"cammask: {bad.summary()}", file=sys.stderr)
 
 
 def run_bench(arguments: Sequence[str]) -> int:

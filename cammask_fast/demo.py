@@ -42,7 +42,7 @@ from cammask_fast.photographs import apply
 from cammask_fast.pictures import GalleryRow, gallery
 from cammask_fast.report import write_report
 from cammask_fast.train import fine_tune
-from cammask_fast.wise_ft import sweep
+from cammask_fast.wise_ft import interpolations
 
 HEADLINE = "masked-object"
 BASIC = ("ft", "ft-fd", "masked-object", "masked-context", "masked-random", "masked-topk")
@@ -142,7 +142,7 @@ def run_job(job: Job) -> dict[str, Any]:
     train, validation = training_splits(job.config.seed, batch_size=job.config.batch_size)
     done = 0
 
-    def progress(_phase: str, images: int, _total: int, _loss: float) -> None:
+    def progress(_phase: str, images: int, _total: int, _loss: float, _waited: float) -> None:
         nonlocal done
         _events.put(images - done)
         done = images
@@ -156,7 +156,8 @@ def run_job(job: Job) -> dict[str, Any]:
     _events.put(job.images - done)
     result |= {"accuracy": evaluate_all(tuned, job.scans), "cam": cam_quality(tuned)}
     if job.curve:
-        result["curve"] = sweep(pretrained, last, ALPHAS, lambda model: evaluate_all(model, job.scans))
+        models = interpolations(pretrained, last, ALPHAS)
+        result["curve"] = [(a, evaluate_all(model, job.scans)) for a, model in zip(ALPHAS, models, strict=True)]
     if job.gallery is not None:
         gallery(job.gallery, gallery_rows(tuned))
     result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,24 +1,101 @@
-"""Accuracy of a classifier over a loader."""
+"""Accuracy and calibration of classifiers over a loader."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from cammask_fast import distributed
 from cammask_fast.data.batch import Loader
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.model.classifier import Classifier
 
+TOP = 5
+CALIBRATION_BINS = 15
+
+
+class Score(NamedTuple):
+    """images: evaluated. top1, top5: percent. calibration_error: expected calibration error of the top-1 prediction in percent,
+    over 15 equal bins of confidence. per_class: top-1 in percent by label, None for a label without images."""
+
+    images: int
+    top1: float
+    top5: float
+    calibration_error: float
+    per_class: tuple[float | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict()
+
+
+class Tally:
+    """Counts on the device, read once at the end.
+
+    groups: int64 (K,), for each logit the label for which it is right, or -1 for a logit that does not count: a prediction is
+    the largest logit that counts, and it is right if its group is the label. Labels are below `classes`.
+    """
+
+    def __init__(self, groups: Tensor, classes: int):
+        self.counted = (groups >= 0).nonzero()[:, 0]
+        self.groups = groups[self.counted]
+        device = groups.device
+        self.of_class = torch.zeros((3, classes), dtype=torch.int64, device=device)
+        """Images, right at top 1, right in the top 5, by label."""
+        self.bins = torch.zeros((3, CALIBRATION_BINS), dtype=torch.float64, device=device)
+        """Images, sum of confidences, right, by confidence."""
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """logits: (N, K). labels: int64 (N,)."""
+        probabilities = logits[:, self.counted].float().softmax(1)
+        confidence, best = probabilities.topk(min(TOP, len(self.counted)), 1)
+        right = self.groups[best] == labels[:, None]
+        counts = torch.stack([torch.ones_like(right[:, 0]), right[:, 0], right.any(1)]).long()
+        self.of_class.index_add_(1, labels, counts)
+        place = (confidence[:, 0] * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+        sums = torch.stack([torch.ones_like(confidence[:, 0]), confidence[:, 0], right[:, 0].float()]).double()
+        self.bins.index_add_(1, place, sums)
+
+    def score(self) -> Score:
+        """Over all processes. Raises ValueError when nothing was added."""
+        of_class, bins = distributed.summed(self.of_class).tolist(), distributed.summed(self.bins)
+        images, right, in_top = (sum(row) for row in of_class)
+        if not images:
+            raise ValueError("no images to evaluate")
+        gap = (bins[1] - bins[2]).abs().sum().item() / images
+        per_class = tuple(100.0 * hit / count if count else None for count, hit in zip(of_class[0], of_class[1], strict=True))
+        return Score(images, 100.0 * right / images, 100.0 * in_top / images, 100.0 * gap, per_class)
+
 
 @torch.no_grad()
-def accuracy(model: Classifier, loader: Loader, *, device: torch.device | str = "cpu") -> float:
-    """Top-1 accuracy in percent. One device synchronisation, at the end. Raises ValueError on an empty loader."""
-    right = torch.zeros((), dtype=torch.int64, device=device)
-    count = 0
+def evaluate(
+    models: Sequence[Classifier],
+    loader: Loader,
+    *,
+    groups: Tensor | None = None,
+    classes: int | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Score]:
+    """A score per model, in one pass over the data: every model sees each decoded batch.
+
+    groups, classes: see `Tally`; by default every logit is right for the label of the same index. The loader's ranks share the
+    images, and the scores are those of all. Models run in the precision they are stored in. Raises ValueError on an empty
+    loader.
+    """
+    outputs = models[0].head.weight.shape[0]
+    groups = (torch.arange(outputs) if groups is None else groups).to(device)
+    tallies = [Tally(groups, classes or outputs) for _ in models]
     for batch in loader:
         batch = batch.to(device)
-        logits = model(normalise(batch.images, dtype=model.visual.conv1.weight.dtype)).logits
-        right += (logits.argmax(1) == batch.labels).sum()
-        count += len(batch.labels)
-    if not count:
-        raise ValueError("no images to evaluate")
-    return 100.0 * right.item() / count
+        dtype = models[0].visual.conv1.weight.dtype
+        images = normalise(batch.images, dtype=dtype)
+        for model, tally in zip(models, tallies, strict=True):
+            tally.add(model(images).logits, batch.labels)
+    return [tally.score() for tally in tallies]
+
+
+def accuracy(model: Classifier, loader: Loader, *, device: torch.device | str = "cpu") -> float:
+    """Top-1 accuracy in percent. Raises ValueError on an empty loader."""
+    return evaluate([model], loader, device=device)[0].top1

@@ -1,24 +1,53 @@
-"""What a run shows: images per second, time left and loss while it trains; the table of accuracies."""
+"""What a run shows: images per second, time left, loss and the wait for data while it trains; the table of accuracies."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+class DataWait:
+    """How long the step waited for data: the time in which no batch had come and the device had nothing left to do."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.seconds, self.started = device.type == "cuda", 0.0, time.perf_counter()
+
+    def over(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The batches, with the wait for each added to `seconds`."""
+        source = iter(batches)
+        while True:
+            begun = time.perf_counter()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            if not self.on_gpu or torch.cuda.current_stream().query():  # a query does not wait for the device
+                self.seconds += time.perf_counter() - begun
+            yield batch
+
+    @property
+    def share(self) -> float:
+        """Of the time since this object was made, 0 to 1."""
+        return self.seconds / (time.perf_counter() - self.started)
 
 
 class TrainingProgress:
     """A progress bar on a terminal, otherwise a plain line on stdout for every tenth of the run.
 
-    Called as `train.Progress`: (phase, images done, images in total, mean loss).
+    Called as `train.Progress`: (phase, images done, images in total, mean loss, share of the time spent waiting
+    for data).
     """
 
     def __init__(self, total: int):
-        self.total, self.started, self.next_line = total, time.perf_counter(), 0.1
+        self.total, self.started, self.next_line, self.waited = total, time.perf_counter(), 0.1, 0.0
         self.bar = tqdm(total=total, unit="img", unit_scale=True, disable=not sys.stderr.isatty(), leave=False)
 
     def __enter__(self) -> TrainingProgress:
@@ -27,24 +56,28 @@ class TrainingProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
 
-    def __call__(self, phase: str, done: int, total: int, loss: float) -> None:
+    def __call__(self, phase: str, done: int, total: int, loss: float, waited: float) -> None:
+        self.waited = waited
         if not self.bar.disable:
             self.bar.set_description(phase, refresh=False)
-            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {waited:.0%} waiting for data", refresh=False)
             self.bar.update(done - self.bar.n)
         elif done >= self.next_line * total:
             rate = done / (time.perf_counter() - self.started)
             left = (total - done) / rate
-            print(
-                f"{phase} {done}/{total} images  {rate:.0f} img/s  {left:.0f} s left  loss {loss:.3f}",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"{phase} {done}/{total} images  {rate:.0f} img/s  {left:.0f} s left  loss {loss:.3f}"
+            print(f"{text}  {waited:.0%} waiting for data", file=sys.stderr, flush=True)
             self.next_line = int(10 * done / total + 1) / 10
 
 
-def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Text table of rows with the keys data, images, classes, accuracy (percent)."""
-    width = max(len("data"), *(len(row["data"]) for row in rows))
-    lines = [f"{row['data']:{width}}  {row['images']:6}  {row['classes']:7}  {row['accuracy']:6.2f} %" for row in rows]
-    return "\n".join([f"{'data':{width}}  images  classes  accuracy", *lines])
+def score_table(rows: Sequence[Mapping[str, Any]], average: tuple[str, float] | None = None) -> str:
+    """Text table of rows with the keys data, images, classes, accuracy, top5, calibration_error (percent), and the average."""
+    name = "" if average is None else average[0]
+    width = max(len("data"), len(name), *(len(row["data"]) for row in rows))
+    lines = [f"{'data':{width}}  images  classes     top-1     top-5  calibration error"]
+    for row in rows:
+        numbers = f"{row['accuracy']:6.2f} %  {row['top5']:6.2f} %  {row['calibration_error']:15.2f} %"
+        lines.append(f"{row['data']:{width}}  {row['images']:6}  {row['classes']:7}  {numbers}")
+    if average is not None:
+        lines.append(f"{name:{width}}  {'':6}  {'':7}  {average[1]:6.2f} %")
+    return "\n".join(lines)

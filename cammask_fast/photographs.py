@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from cammask_fast.cam import relevance_of
-from cammask_fast.data.folder import decode, images_in
+from cammask_fast.data.decode import Transform, decode
+from cammask_fast.data.folder import images_in
+from cammask_fast.data.plain_loader import UNREADABLE, why
 from cammask_fast.data.texture_digits import BACKGROUNDS, CLASS_NAMES, TEMPLATES
 from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.masking import Draws, Strategy, counterfactual, draw_masking, parse_strategy
@@ -24,6 +26,14 @@ from cammask_fast.pictures import GalleryRow, gallery
 PAPER_STRATEGIES = ("ObjMaskSingleFill(0.3)", "CtxMaskSingleFill(0.5)")
 REMOVED = 255
 MAX_DONORS = 64
+
+
+def photograph(path: Path, size: int) -> Tensor:
+    """One image file as uint8 (size, size, 3), see `decode`. Raises ValueError naming a file that cannot be read."""
+    try:
+        return torch.from_numpy(decode(path.read_bytes(), Transform(size=size)))
+    except UNREADABLE as error:
+        raise ValueError(f"cannot read the image {path} ({why(error)}): remove or replace it") from None
 
 
 def mask_photographs(
@@ -53,10 +63,10 @@ def mask_photographs(
     clip = load_pretrained(arch, pretrained)
     model = clip.classifier(prompts, ("{}",)).to(device)
     size, grid = model.visual.config.image_size, model.visual.config.grid
-    images = torch.stack([decode(path, size) for path in photographs])
+    images = torch.stack([photograph(path, size) for path in photographs])
     pool = images
     if donors is not None:
-        pool = torch.cat([images, *(decode(path, size)[None] for path in images_in(donors)[:MAX_DONORS])])
+        pool = torch.cat([images, *(photograph(path, size)[None] for path in images_in(donors)[:MAX_DONORS])])
     elif len(images) < 2 and any(strategy.fill != "none" for strategy in strategies):
         raise ValueError(
             "one photograph has nothing to fill from: give --donors FOLDER, more photographs, or a NoFill --masking"

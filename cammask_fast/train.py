@@ -12,13 +12,14 @@ import torch
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch, Loader
 from cammask_fast.evaluate import accuracy
+from cammask_fast.metrics import DataWait
 from cammask_fast.model.classifier import Classifier, interpolate
 from cammask_fast.precision import product_dtype, resolve, use_matrix_units
 from cammask_fast.state import TrainState
 from cammask_fast.step import build_strategy, build_train_step, draw_for_step
 
-Progress = Callable[[str, int, int, float], None]
-"""Called as (phase, images done, images in total, mean loss since the last call)."""
+Progress = Callable[[str, int, int, float, float], None]
+"""Called as (phase, images done, images in total, mean loss since the last call, share of the time spent waiting for data)."""
 
 
 class FineTuned(NamedTuple):
@@ -58,24 +59,24 @@ def fine_tune(
     use_matrix_units(resolve(config.precision, device))
     state = TrainState.create(student, config, steps_per_epoch=len(train), compiled=compiled)
     step = build_train_step(state, teacher, config)
-    running = torch.zeros((), device=device)
+    running, wait = torch.zeros((), device=device), DataWait(device)
     for epoch in range(config.epochs):
         train.set_epoch(epoch)
-        for batch in train:
+        for batch in wait.over(train):
             parts = [
                 Batch(*part) for part in zip(*(tensor.chunk(config.accumulate) for tensor in batch.to(device)), strict=True)
             ]
             running += step([(part, draw_for_step(strategy, part, patches, state.generator)) for part in parts]).total
             state.step += 1
             if state.step % log_every == 0:
-                _report(progress, "train", state.step, config.batch_size, total, running.item() / log_every)
+                _report(progress, state.step, config.batch_size, total, running.item() / log_every, wait.share)
                 running.zero_()
         if validation is not None or epoch + 1 == config.epochs:
             score = math.nan if validation is None else accuracy(student.eval().stored_in(dtype), validation, device=device)
             state.keep_if_best(score, take_last=validation is None or config.resolved.interpolate)
             student.train()
     if not math.isfinite(running.item()):
-        _report(progress, "train", state.step, config.batch_size, total, running.item())
+        _report(progress, state.step, config.batch_size, total, running.item(), wait.share)
     best = teacher.frozen_copy()
     best.load_state_dict(state.best_weights)
     if config.resolved.interpolate:
@@ -83,11 +84,11 @@ def fine_tune(
     return FineTuned(best.requires_grad_(True), student.requires_grad_(True).eval())
 
 
-def _report(progress: Progress | None, phase: str, step: int, batch_size: int, total: int, loss: float) -> None:
+def _report(progress: Progress | None, step: int, batch_size: int, total: int, loss: float, waited: float) -> None:
     if not math.isfinite(loss):
         raise NonFiniteLoss(
             f"the loss is {loss} at step {step} or shortly before: try a lower learning rate (--lr), a longer warm-up or "
             "--precision fp32, and check the images"
         )
     if progress is not None:
-        progress(phase, step * batch_size, total, loss)
+        progress("train", step * batch_size, total, loss, waited)

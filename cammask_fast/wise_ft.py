@@ -1,22 +1,17 @@
-"""WiSE-FT: evaluate the straight line between two sets of weights."""
+"""WiSE-FT: models on the straight line between two sets of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable
 
 from cammask_fast.model.classifier import Classifier, interpolate
 
-Score = TypeVar("Score")
 
+def interpolations(start: Classifier, end: Classifier, alphas: Iterable[float]) -> list[Classifier]:
+    """A model per alpha with the weights (1 - alpha) * start + alpha * end, head included.
 
-def sweep(
-    start: Classifier, end: Classifier, alphas: Iterable[float], evaluate: Callable[[Classifier], Score]
-) -> list[tuple[float, Score]]:
-    """(alpha, evaluate(model)) for the weights (1 - alpha) * start + alpha * end, head included.
-
-    start: the zero-shot classifier. end: its fine-tuned version. One model is reused for all alphas, so `evaluate` must not
-    keep it. Raises ValueError for an alpha outside [0, 1] or classifiers of different architectures or classes.
+    start: the zero-shot classifier. end: its fine-tuned version. Raises ValueError for an alpha outside [0, 1] or classifiers
+    of different architectures or classes.
     """
     alphas = list(alphas)
     for alpha in alphas:
@@ -24,9 +19,9 @@ def sweep(
             raise ValueError(f"alpha: expected a share in [0, 1], got {alpha}")
     if start.visual.config != end.visual.config or start.head.weight.shape != end.head.weight.shape:
         raise ValueError("the two classifiers differ in architecture or number of classes: they cannot be interpolated")
-    model = end.frozen_copy()
-    scores = []
+    models = []
     for alpha in alphas:
+        model = end.frozen_copy()
         model.load_state_dict(interpolate(start.state_dict(), end.state_dict(), alpha))
-        scores.append((alpha, evaluate(model)))
-    return scores
+        models.append(model)
+    return models

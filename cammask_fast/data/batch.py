@@ -1,12 +1,14 @@
-"""The one thing every loader yields."""
+"""The one thing every loader yields, and what a loader and a source of images are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
+
+from cammask_fast.data.order import Order, Ordered
 
 
 class Batch(NamedTuple):
@@ -29,40 +31,55 @@ class Loader(Protocol):
     def set_epoch(self, epoch: int) -> None: ...
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """The shuffled sample order of one epoch, int64 (count,); a function of (seed, epoch) and nothing else."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) & 0x7FFF_FFFF_FFFF_FFFF)
-    return torch.randperm(count, generator=generator)
+class ImageSource(Protocol):
+    """Encoded images with labels: a folder or tar shards.
 
-
-class ArrayLoader:
-    """Batches of images that are already in memory.
-
-    images: uint8 (M, H, W, 3). labels: int64 (M,). With `shuffle` the order follows `epoch_order` and the last incomplete
-    batch is dropped, as in training; otherwise every image comes once, in order.
+    folders: class folder names. labels: int64 (M,), indices into folders. faults: (place, reason) of samples that were lost
+    before an index could be given to them, such as those behind the cut in a damaged shard.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, *, batch_size: int, shuffle: bool = False, seed: int = 0):
+    @property
+    def where(self) -> str: ...
+    @property
+    def folders(self) -> tuple[str, ...]: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def faults(self) -> tuple[tuple[str, str], ...]: ...
+    def __len__(self) -> int: ...
+    def read(self, index: int) -> bytes: ...
+    def name(self, index: int) -> str: ...
+    def subset(self, chosen: Tensor) -> Self: ...
+    def with_classes(self, folders: tuple[str, ...], labels: Tensor) -> Self: ...
+
+
+class ArrayLoader(Ordered):
+    """Batches of images that are already in memory, in the order of `Order`.
+
+    images: uint8 (M, H, W, 3). labels: int64 (M,).
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images: expected uint8 (M, H, W, 3), got {images.dtype} {tuple(images.shape)}")
         if len(images) != len(labels):
             raise ValueError(f"labels: expected one per image ({len(images)}), got {len(labels)}")
-        if shuffle and len(images) < batch_size:
-            raise ValueError(f"batch size {batch_size} is larger than the {len(images)} training images: choose a smaller one")
         self.images, self.labels = images, labels
-        self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return whole if self.shuffle else whole + (rest > 0)
+        self.order = Order(len(images), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        count = len(self.images)
-        order = epoch_order(count, seed=self.seed, epoch=self.epoch) if self.shuffle else torch.arange(count)
-        for chunk in order.split(self.batch_size)[: len(self)]:
-            yield Batch(self.images[chunk], self.labels[chunk], chunk)
+        return self._counted(Batch(self.images[ids], self.labels[ids], ids) for ids in self.order.begin())

@@ -1,0 +1,331 @@
+"""The loader on NVIDIA DALI: encoded bytes in, uint8 batches out, on the GPU (nvJPEG) or on CPU threads.
+
+Our sampler owns the order: worker processes (or this process) read the bytes of the next batches and look at their headers, and
+DALI decodes, resizes, crops and augments them in a prefetching pipeline. Baseline and progressive JPEGs in RGB or grey go to
+DALI as they are. Everything else (PNG, WebP, GIF, CMYK, EXIF-rotated, very long images) is decoded and placed by PIL as in the
+plain loader and handed over as raw pixels. A batch that DALI refuses is decoded again by PIL, which settles what is unreadable.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cammask_fast.data.bad_samples import BadSamples
+from cammask_fast.data.batch import Batch, ImageSource
+from cammask_fast.data.decode import (
+    EXACT_MODES,
+    LONGEST,
+    ORIENTATION,
+    RAND_AUGMENT_BINS,
+    Augment,
+    Draw,
+    Transform,
+    decode,
+    opened,
+    placed,
+    to_rgb,
+)
+from cammask_fast.data.order import Order, Ordered
+from cammask_fast.data.plain_loader import UNREADABLE, Asked, Decoded, Wanted, alive, note_faults, read_ahead, settled, why
+
+HARDWARE_SHARE = 0.75
+"""Share of the JPEGs for the hardware decoder of A100, H100 and H200; the others are decoded on the multiprocessors."""
+PREFETCH = 2
+MARGIN = 16
+"""Pixels decoded around a window: more than a bicubic filter and JPEG's chroma up-sampling reach."""
+BLACK = b"P6 1 1 255\n\0\0\0"
+
+
+def dali_installed() -> bool:
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+class Encoded(NamedTuple):
+    """A batch before decoding. data: uint8 (bytes,), all files one after the other; lengths: int64 (n,). region: int32 (n, 4),
+    top, left, height and width of what is decoded; window: float32 (n, 4), top, left, bottom, right within it, scaled to the
+    output. looks: float32 (n, 4), mirrored or not and the three factors of the jitter. operations: float32
+    (n, k) in [0, 1), and signs: int32 (n, k), of RandAugment. reasons: rows that cannot be read."""
+
+    sample_ids: Tensor
+    epoch: int
+    data: Tensor
+    lengths: Tensor
+    region: Tensor
+    window: Tensor
+    looks: Tensor
+    operations: Tensor
+    signs: Tensor
+    reasons: Mapping[int, str]
+
+
+class EncodedBatches(Dataset[Encoded]):
+    """Reads the batches it is asked for and draws their windows."""
+
+    def __init__(self, source: ImageSource, transform: Transform):
+        self.source, self.transform = source, transform
+
+    def __getitem__(self, wanted: Wanted) -> Encoded:
+        files, regions, windows, looks, draws, reasons = [], [], [], [], [], {}
+        for row, index in enumerate(wanted.sample_ids.tolist()):
+            try:
+                data, region, window, draw = self._one(index, wanted)
+            except UNREADABLE as error:
+                data, region, window, draw = BLACK, (0, 0, 1, 1), (0.0, 0.0, 1.0, 1.0), _nothing(self.transform)
+                reasons[row] = why(error)
+            files.append(data)
+            regions.append(region)
+            windows.append(window)
+            looks.append((float(draw.flip), *draw.jitter))
+            draws.append(draw)
+        return Encoded(
+            sample_ids=wanted.sample_ids,
+            epoch=wanted.epoch,
+            data=torch.from_numpy(np.frombuffer(bytearray().join(files), dtype=np.uint8)),
+            lengths=torch.tensor([len(data) for data in files]),
+            region=torch.tensor(regions, dtype=torch.int32),
+            window=torch.tensor(windows, dtype=torch.float32),
+            looks=torch.tensor(looks, dtype=torch.float32),
+            operations=torch.tensor([draw.operations for draw in draws], dtype=torch.float32),
+            signs=torch.tensor([draw.signs for draw in draws], dtype=torch.int32),
+            reasons=reasons,
+        )
+
+    def _one(
+        self, index: int, wanted: Wanted
+    ) -> tuple[bytes, tuple[int, int, int, int], tuple[float, float, float, float], Draw]:
+        data = self.source.read(index)
+        image = opened(data)
+        width, height = image.size
+        size = self.transform.size
+        if (
+            image.format == "JPEG"
+            and image.mode in EXACT_MODES
+            and max(width, height) <= LONGEST * min(width, height)
+            and not self.transform.border
+            and index not in wanted.plain
+            and image.getexif().get(ORIENTATION, 1) == 1
+        ):
+            draw = self.transform.draw(wanted.epoch, index, width, height)
+            left, top, right, bottom = draw.window
+            across, down = MARGIN + 2 * (right - left) / size, MARGIN + 2 * (bottom - top) / size
+            x0, y0 = max(0, int(left - across) // 16 * 16), max(0, int(top - down) // 16 * 16)
+            x1, y1 = min(width, int(right + across) + 1), min(height, int(bottom + down) + 1)
+            return data, (y0, x0, y1 - y0, x1 - x0), (top - y0, left - x0, bottom - y0, right - x0), draw
+        image = to_rgb(image, border=self.transform.border)
+        draw = self.transform.draw(wanted.epoch, index, *image.size)
+        pixels = placed(image, draw, size)
+        return _raw(pixels), (0, 0, size, size), (0.0, 0.0, float(size), float(size)), draw
+
+
+def _nothing(transform: Transform) -> Draw:
+    operations = transform.augment.rand_augment[0]
+    return Draw((0.0, 0.0, 1.0, 1.0), centred=True, operations=(0.0,) * operations, signs=(0,) * operations)
+
+
+def _raw(image: Image.Image) -> bytes:
+    return b"P6 %d %d 255\n" % image.size + image.tobytes()
+
+
+class DaliLoader(Ordered):
+    """Batches of a source, decoded by DALI in the order of `Order`, resident on `device`.
+
+    On the CPU `workers` are DALI's threads (0 counts as 1) and this process reads the files; on a GPU they are processes that
+    read the files (and DALI's own threads beside them), and images come out on the device. Samples that cannot be read follow
+    the rule of `plain_loader.settled`. hardware_share: of the GPU's JPEG decoder, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Transform,
+        *,
+        batch_size: int,
+        bad: BadSamples,
+        shuffle: bool = False,
+        seed: int = 0,
+        workers: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        hardware_share: float = HARDWARE_SHARE,
+    ):
+        if workers < 0:
+            raise ValueError(f"--workers: expected 0 or more, got {workers}")
+        if not 0 <= hardware_share <= 1:
+            raise ValueError(f"--hardware-share: expected a share in [0, 1], got {hardware_share}")
+        if not dali_installed():
+            raise ValueError(
+                "NVIDIA DALI is not installed: pip install nvidia-dali-cuda130 (or -cuda120), or use --loader torch"
+            )
+        self.source, self.labels, self.bad, self.transform = source, source.labels, bad, transform
+        self.device, self.workers, self.hardware_share = torch.device(device), workers, hardware_share
+        self.order = Order(len(source), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        self._asked = Asked(self.order)
+        processes = workers if self.device.type == "cuda" else 0
+        self._reader = read_ahead(EncodedBatches(source, transform), self._asked, processes)  # type: ignore[arg-type]
+        self._queue = _Queue(transform.augment)
+        self._pipeline: Any = None
+        note_faults(source, bad)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._counted(self._decoded())
+
+    def _counted(self, batches: Iterator[Batch | None]) -> Iterator[Batch]:
+        return (batch for batch in super()._counted(batches) if batch is not None)
+
+    def _decoded(self) -> Iterator[Batch | None]:
+        self._queue.restart(alive(self._reader))
+        self._pipeline = self._pipeline or build_pipeline(self._queue, self)
+        while True:
+            try:
+                images = self._to_torch(self._pipeline.run()[0])
+            except StopIteration:
+                self._pipeline.reset()
+                return
+            except RuntimeError:  # DALI's word for a damaged image; the pipeline cannot be used any more
+                if not self._queue.waiting:
+                    raise
+                decoded = self._decoded_plainly(self._queue.waiting.popleft())
+                self._queue.replay()
+                self._pipeline = build_pipeline(self._queue, self)
+            else:
+                encoded = self._queue.waiting.popleft()
+                decoded = Decoded(encoded.sample_ids, images, encoded.reasons)
+            yield settled(self, decoded)
+
+    def _to_torch(self, output: Any) -> Tensor:
+        if self.device.type == "cpu":
+            return torch.from_numpy(np.array(output.as_array()))
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        shape = (len(output), self.transform.size, self.transform.size, 3)
+        images = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        feed_ndarray(output.as_tensor(), images, cuda_stream=torch.cuda.current_stream(self.device))
+        return images
+
+    def _decoded_plainly(self, refused: Encoded) -> Decoded:
+        """The batch decoded by PIL; from now on its samples bypass DALI."""
+        ids = refused.sample_ids.tolist()
+
+        def one(index: int) -> Tensor | str:
+            try:
+                pixels = decode(self.source.read(index), self.transform, epoch=refused.epoch, sample_id=index)
+            except UNREADABLE as error:
+                return why(error)
+            return torch.from_numpy(pixels)
+
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            found = list(pool.map(one, ids))
+        unreadable = {index for index, item in zip(ids, found, strict=True) if isinstance(item, str)}
+        self._asked.plain |= unreadable or set(ids)
+        empty = torch.zeros((self.transform.size, self.transform.size, 3), dtype=torch.uint8)
+        images = torch.stack([empty if isinstance(item, str) else item for item in found]).to(self.device)
+        return Decoded(refused.sample_ids, images, {row: item for row, item in enumerate(found) if isinstance(item, str)})
+
+
+class _Queue:
+    """Hands batches to the pipeline and remembers those that have not come out of it."""
+
+    def __init__(self, augment: Augment) -> None:
+        self.augment = augment
+        self.waiting: deque[Encoded] = deque()
+        self._again: deque[Encoded] = deque()
+        self._batches: Iterator[Encoded] = iter(())
+
+    def restart(self, batches: Iterator[Any]) -> None:
+        self.waiting.clear()
+        self._again.clear()
+        self._batches = batches
+
+    def replay(self) -> None:
+        """Hand out once more what is waiting, before anything new."""
+        self._again = deque(self.waiting) + self._again
+        self.waiting.clear()
+
+    def __call__(self) -> tuple[list[np.ndarray[Any, Any]], ...]:
+        encoded = self._again.popleft() if self._again else Encoded(*next(self._batches))
+        self.waiting.append(encoded)
+        files = [file.numpy() for file in encoded.data.split(encoded.lengths.tolist())]
+        region, window, looks = encoded.region, encoded.window, encoded.looks
+        columns = [region[:, :2], region[:, 2:], window[:, :2], window[:, 2:]]
+        if self.augment.flip:
+            columns += [looks[:, :1].int()]
+        if self.augment.color_jitter:
+            columns += [looks[:, 1:]]
+        if self.augment.rand_augment[0]:
+            columns += [encoded.operations, encoded.signs]
+        return (files, *(list(column.contiguous().numpy()) for column in columns))
+
+
+def build_pipeline(source: Callable[[], Any], loader: DaliLoader) -> Any:
+    """Decode a region, resize its window, augment. See `Encoded` for what `source` feeds."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    size, augment, on_gpu = loader.transform.size, loader.transform.augment, loader.device.type == "cuda"
+    operations = augment.rand_augment[0]
+
+    @pipeline_def(
+        batch_size=loader.order.batch_size,
+        num_threads=max(1, loader.workers),
+        device_id=(loader.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=PREFETCH,
+        enable_conditionals=operations > 0,
+    )
+    def graph() -> Any:
+        kinds = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT]
+        kinds += [types.INT32] * augment.flip + [types.FLOAT] * bool(augment.color_jitter)
+        kinds += [types.FLOAT, types.INT32] * bool(operations)
+        encoded, start, extent, begin, end, *looks = fn.external_source(
+            source=source, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=1
+        )
+        images = fn.decoders.image_slice(
+            encoded, start=start, shape=extent, axes=[0, 1], device="mixed" if on_gpu else "cpu", output_type=types.RGB,
+            adjust_orientation=False, jpeg_fancy_upsampling=True,
+            **({"hw_decoder_load": loader.hardware_share} if on_gpu else {}),
+        )  # fmt: skip
+        images = fn.resize(
+            images, size=[size, size], roi_start=begin, roi_end=end, interp_type=types.INTERP_CUBIC, antialias=True
+        )
+        if augment.flip:
+            images = fn.flip(images, horizontal=looks.pop(0)[0])
+        if augment.color_jitter:
+            factors = looks.pop(0)
+            images = fn.color_twist(images, brightness=factors[0], contrast=factors[1], saturation=factors[2])
+        if operations:
+            images = _rand_augment(images, *looks, augment)
+        return images
+
+    with warnings.catch_warnings(action="ignore"):  # DALI's own suite uses operators that DALI has renamed
+        pipeline = graph()
+        pipeline.build()
+    return pipeline
+
+
+def _rand_augment(images: Any, chosen: Any, signs: Any, augment: Augment) -> Any:
+    """RandAugment with DALI's operations and our draws, which a resumed run repeats."""
+    from nvidia.dali import fn, types
+    from nvidia.dali.auto_aug.core import select, signed_bin
+    from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
+
+    suite = get_rand_augment_suite()
+    operations, magnitude = augment.rand_augment
+    for place in range(operations):
+        images = select(
+            suite,
+            fn.cast(chosen[place] * len(suite), dtype=types.INT32),
+            data=images,
+            magnitude_bin=signed_bin(magnitude, random_sign=signs[place]),
+            num_magnitude_bins=RAND_AUGMENT_BINS,
+        )
+    return images

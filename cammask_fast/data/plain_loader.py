@@ -1,0 +1,173 @@
+"""The loader without DALI: PIL and torchvision in the worker processes of a PyTorch DataLoader.
+
+It also settles, for both loaders, what becomes of a sample that cannot be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cammask_fast.data.bad_samples import BadSamples
+from cammask_fast.data.batch import Batch, ImageSource
+from cammask_fast.data.decode import Transform, decode
+from cammask_fast.data.order import Order, Ordered
+
+UNREADABLE = (OSError, EOFError, ValueError)
+"""What reading and decoding a sample raise when it is at fault."""
+
+
+class Wanted(NamedTuple):
+    """A batch that a loader asks its workers for. plain: ids that DALI has refused, which PIL decodes."""
+
+    epoch: int
+    sample_ids: Tensor
+    plain: frozenset[int] = frozenset()
+
+
+class Decoded(NamedTuple):
+    """A worker's answer. images: uint8 (n, S, S, 3), zeros where reasons names the row and why it cannot be read."""
+
+    sample_ids: Tensor
+    images: Tensor
+    reasons: Mapping[int, str]
+
+
+class Asked:
+    """The batches of the current epoch, as a DataLoader's sampler."""
+
+    def __init__(self, order: Order):
+        self.order = order
+        self.plain: set[int] = set()
+
+    def __iter__(self) -> Iterator[Wanted]:
+        for ids in self.order.begin():
+            yield Wanted(self.order.epoch, ids, frozenset(self.plain.intersection(ids.tolist())))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+class DecodedBatches(Dataset[Decoded]):
+    """Decodes the batches it is asked for."""
+
+    def __init__(self, source: ImageSource, transform: Transform):
+        self.source, self.transform = source, transform
+
+    def __getitem__(self, wanted: Wanted) -> Decoded:
+        size = self.transform.size
+        images = torch.zeros((len(wanted.sample_ids), size, size, 3), dtype=torch.uint8)
+        reasons = {}
+        for row, index in enumerate(wanted.sample_ids.tolist()):
+            try:
+                pixels = decode(self.source.read(index), self.transform, epoch=wanted.epoch, sample_id=index)
+                images[row] = torch.from_numpy(pixels)
+            except UNREADABLE as error:
+                reasons[row] = why(error)
+        return Decoded(wanted.sample_ids, images, reasons)
+
+
+class Sampled(Protocol):
+    """What `settled` needs of a loader."""
+
+    order: Order
+    source: ImageSource
+    bad: BadSamples
+
+
+def settled(loader: Sampled, decoded: Decoded) -> Batch | None:
+    """The rule for samples that cannot be read: each is counted and listed; in training its place is taken by the next
+    readable sample of its batch (after the last comes the first), with that one's label and id, so that the batch keeps its
+    size; in evaluation it is left out. None for a batch without any readable sample. Raises ValueError when there are too many.
+    """
+    ids, images, reasons = decoded
+    for row in reasons:
+        loader.bad.add(loader.source.name(int(ids[row])), reasons[row])
+    if reasons:
+        good = torch.tensor([row for row in range(len(ids)) if row not in reasons], dtype=torch.int64)
+        if not len(good):
+            return None
+        next_good = torch.searchsorted(good, torch.arange(len(ids))) % len(good)
+        rows = good[next_good] if loader.order.shuffle else good
+        images, ids = images[rows.to(images.device)], ids[rows]
+    return Batch(images, loader.source.labels[ids], ids)
+
+
+def why(error: BaseException) -> str:
+    """The reason of an unreadable sample in a few words, without the path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+class PlainLoader(Ordered):
+    """Batches of a source, decoded by `workers` processes (0: in this one) in the order of `Order`.
+
+    Samples that cannot be read follow the rule of `settled`. A worker that dies ends the iteration with a ValueError.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Transform,
+        *,
+        batch_size: int,
+        bad: BadSamples,
+        shuffle: bool = False,
+        seed: int = 0,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ):
+        if workers < 0:
+            raise ValueError(f"--workers: expected 0 or more, got {workers}")
+        self.source, self.labels, self.bad = source, source.labels, bad
+        self.order = Order(len(source), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        self._loader = read_ahead(DecodedBatches(source, transform), Asked(self.order), workers, pin_memory=pin_memory)
+        note_faults(source, bad)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._counted(settled(self, Decoded(*decoded)) for decoded in alive(self._loader))
+
+    def _counted(self, batches: Iterator[Batch | None]) -> Iterator[Batch]:
+        return (batch for batch in super()._counted(batches) if batch is not None)
+
+
+def read_ahead(dataset: Dataset[Any], asked: Asked, workers: int, *, pin_memory: bool = False) -> DataLoader[Any]:
+    """A DataLoader that asks `dataset` for whole batches."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=asked,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def alive(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's batches; a worker that was killed is a ValueError that says so."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"a process that reads images was killed ({str(error).splitlines()[0]}): often memory ran out; try fewer --workers"
+        ) from None
+
+
+def note_faults(source: ImageSource, bad: BadSamples) -> None:
+    """Count and list what the source lost before it could number its samples."""
+    for place, reason in source.faults:
+        bad.add(place, reason)
