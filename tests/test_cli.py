@@ -57,7 +57,7 @@ def test_precision_bf16_trains_float32_weights(photos: Path, tmp_path: Path, cap
     for precision in (bf16, []):
         capsys.readouterr()
         assert main([*evaluate, *precision]) == 0
-        (row,) = json.loads(capsys.readouterr().out)
+        (row,) = json.loads(capsys.readouterr().out)["sets"]
         accuracies.append(row["accuracy"])
     assert abs(accuracies[0] - accuracies[1]) <= 100 / row["images"], "at most one image on the edge"
 
@@ -73,7 +73,7 @@ def test_train_writes_a_checkpoint_that_evaluate_reads(run: Path, photos: Path, 
     assert model.head.weight.shape == (2, 64)
     capsys.readouterr()
     assert main(["evaluate", "--checkpoint", str(run / "best.safetensors"), "--data", str(photos), "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    (row,) = json.loads(capsys.readouterr().out)["sets"]
     assert (row["images"], row["classes"]) == (12, 2)
     assert main(["evaluate", "--checkpoint", str(run / "best.safetensors"), "--data", str(photos)]) == 0
     assert f"{row['accuracy']:.2f} %" in capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_zero_shot_and_wise_ft(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert json.loads((end / "run.json").read_text())["validation_accuracy"] is None
     capsys.readouterr()
     assert main(["zeroshot", "--data", str(photos), "--json"]) == 0
-    (zero_shot,) = json.loads(capsys.readouterr().out)
+    (zero_shot,) = json.loads(capsys.readouterr().out)["sets"]
     files = ["--start", str(start / "best.safetensors"), "--end", str(end / "last.safetensors")]
     argv = ["wise-ft", *files, "--data", str(photos), "--alphas", "0", "0.5", "--out", str(tmp_path / "wise"), "--json"]
     assert main(argv) == 0
@@ -156,7 +156,10 @@ def test_the_benchmark_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(argv) == 0
     capsys.readouterr()
     assert main(["evaluate", "--checkpoint", str(tmp_path / "best.safetensors"), "--data", "texture-digits", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    rows = found["sets"]
+    assert found["average"]["name"] == "average OOD"
+    assert found["average"]["accuracy"] == pytest.approx(sum(row["accuracy"] for row in rows[1:]) / 4)
     assert [row["data"] for row in rows] == ["id", "flipped", "unseen", "sketch", "corrupted"]
     assert all(row["images"] >= 2000 and row["classes"] == 10 for row in rows)
 
@@ -179,6 +182,14 @@ def test_the_benchmark_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--epochs", "many"], "invalid int value: 'many'"),
         (["--pretrained", "nowhere.pt"], "no weights at nowhere.pt"),
         (["--class-names", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--shots", "0"], "--shots: expected 1 or more"),
+        (["--classes", "dog,cat"], "has no class cat; it has dog, red_fox"),
+        (["--val-share", "0.5", "--val-images", "2"], "--val-share and --val-images: give one of them"),
+        (["--augment", "mixup"], "unknown augmentation 'mixup'; known: random-crop=0.08, flip"),
+        (["--augment", "color-jitter=2"], "color-jitter: expected a strength from 0"),
+        (["--max-bad", "2"], "--max-bad: expected a share in [0, 1], got 2"),
+        (["--workers", "-1"], "--workers: expected 0 or more"),
+        (["--loader", "fast"], "invalid choice: 'fast'"),
         (["--lr", "1e30"], "the loss is nan at step"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -199,10 +210,44 @@ def test_bad_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "only one image in class b" in fails(capsys, "train", "--data", tmp_path / "single", *out)
     make_folder(tmp_path / "broken", {"a": 6, "b": 6})
     (tmp_path / "broken" / "b" / "03.jpg").write_bytes(b"no image")
-    for workers in ("0", "1"):
-        error = fails(capsys, "train", "--data", tmp_path / "broken", *out, "--workers", workers)
-        assert "cannot read the image" in error
-        assert "03.jpg" in error
+    for loader in ("torch", "dali"):
+        error = fails(capsys, "train", "--data", tmp_path / "broken", "--out", tmp_path / loader, *QUICK, "--loader", loader)
+        assert "more than --max-bad 0.01 allows" in error
+        assert "03.jpg (not an image in a known format)" in error
+        assert "03.jpg\tnot an image" in (tmp_path / loader / "bad_samples.tsv").read_text()
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_a_bad_image_is_left_out_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], loader: str) -> None:
+    data, out = make_folder(tmp_path / "data", {"a": 6, "b": 6}), tmp_path / "run"
+    (data / "b" / "03.jpg").write_bytes(b"no image")
+    tolerant = ["--max-bad", "0.2", "--loader", loader]
+    assert main(["train", "--data", str(data), "--method", "ft", "--out", str(out), "--val-share", "0", *QUICK, *tolerant]) == 0
+    assert "1 of 12 images of" in capsys.readouterr().err
+    assert (out / "bad_samples.tsv").read_text().count("\n") == 1, "once, not once per epoch"
+    argv = [
+        "evaluate",
+        "--checkpoint",
+        str(out / "best.safetensors"),
+        "--data",
+        str(data),
+        "--json",
+        "--out",
+        str(out),
+        *tolerant,
+    ]
+    assert main(argv) == 0
+    printed = capsys.readouterr()
+    (row,) = json.loads(printed.out)["sets"]
+    assert row["images"] == 11
+    assert row["accuracy"] == pytest.approx((6 * row["per_class"]["a"] + 5 * row["per_class"]["b"]) / 11)
+    assert "cannot be read" in printed.err
+    assert json.loads((out / "scores.json").read_text())["sets"] == [row]
+    assert (out / "scores.csv").read_text().startswith("data,images,classes,accuracy,top5,calibration_error\n")
+    assert (out / "per_class.csv").read_text().count("\n") == 3
+    run = json.loads((out / "run.json").read_text())
+    assert run["loader"] == {"torch": "PlainLoader", "dali": "DaliLoader"}[loader]
+    assert 0 <= run["waited_for_data"] < 1
 
 
 def test_bad_checkpoints(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

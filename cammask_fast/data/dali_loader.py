@@ -3,7 +3,8 @@
 Our sampler owns the order: worker processes (or this process) read the bytes of the next batches and look at their headers, and
 DALI decodes, resizes, crops and augments them in a prefetching pipeline. Baseline and progressive JPEGs in RGB or grey go to
 DALI as they are. Everything else (PNG, WebP, GIF, CMYK, EXIF-rotated, very long images) is decoded and placed by PIL as in the
-plain loader and handed over as raw pixels. A batch that DALI refuses is decoded again by PIL, which settles what is unreadable.
+plain loader and handed over as raw pixels. When DALI refuses a batch, its files are tried one by one, those that it refuses go
+to PIL, which settles what is unreadable, and the batch is run again: what becomes of a sample never depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import importlib.util
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,6 @@ from cammask_fast.data.decode import (
     Augment,
     Draw,
     Transform,
-    decode,
     opened,
     placed,
     to_rgb,
@@ -173,9 +172,10 @@ class DaliLoader(Ordered):
         self.order = Order(len(source), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
         self._asked = Asked(self.order)
         processes = workers if self.device.type == "cuda" else 0
-        self._reader = read_ahead(EncodedBatches(source, transform), self._asked, processes)  # type: ignore[arg-type]
+        self._reader = read_ahead(EncodedBatches(source, transform), self._asked, processes)
         self._queue = _Queue(transform.augment)
         self._pipeline: Any = None
+        self._under_way = False
         note_faults(source, bad)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -185,24 +185,27 @@ class DaliLoader(Ordered):
         return (batch for batch in super()._counted(batches) if batch is not None)
 
     def _decoded(self) -> Iterator[Batch | None]:
+        if self._under_way:  # an iteration that was abandoned has left batches in the pipeline
+            self._pipeline = None
+        self._under_way = True
         self._queue.restart(alive(self._reader))
-        self._pipeline = self._pipeline or build_pipeline(self._queue, self)
+        self._pipeline = self._pipeline or self._build(self._queue, self.order.batch_size)
         while True:
             try:
                 images = self._to_torch(self._pipeline.run()[0])
             except StopIteration:
                 self._pipeline.reset()
+                self._under_way = False
                 return
-            except RuntimeError:  # DALI's word for a damaged image; the pipeline cannot be used any more
+            except RuntimeError as error:  # DALI's word for a damaged image; the pipeline cannot be used any more
                 if not self._queue.waiting:
                     raise
-                decoded = self._decoded_plainly(self._queue.waiting.popleft())
-                self._queue.replay()
-                self._pipeline = build_pipeline(self._queue, self)
-            else:
-                encoded = self._queue.waiting.popleft()
-                decoded = Decoded(encoded.sample_ids, images, encoded.reasons)
-            yield settled(self, decoded)
+                refused = self._queue.waiting.popleft()
+                self._queue.replay(self._without_refused(refused, error))
+                self._pipeline = self._build(self._queue, self.order.batch_size)
+                continue
+            encoded = self._queue.waiting.popleft()
+            yield settled(self, Decoded(encoded.sample_ids, images, encoded.reasons))
 
     def _to_torch(self, output: Any) -> Tensor:
         if self.device.type == "cpu":
@@ -214,24 +217,52 @@ class DaliLoader(Ordered):
         feed_ndarray(output.as_tensor(), images, cuda_stream=torch.cuda.current_stream(self.device))
         return images
 
-    def _decoded_plainly(self, refused: Encoded) -> Decoded:
-        """The batch decoded by PIL; from now on its samples bypass DALI."""
-        ids = refused.sample_ids.tolist()
+    def _without_refused(self, encoded: Encoded, error: RuntimeError) -> Encoded:
+        """The batch with the files that DALI refuses decoded by PIL, or marked as unreadable; from now on they bypass DALI."""
+        refused = set()
+        for row, index in enumerate(encoded.sample_ids.tolist()):
+            if not self._takes(_row(encoded, row)):
+                refused.add(index)
+        if not refused:
+            raise ValueError(f"DALI failed on a batch whose images it takes one by one: {str(error).splitlines()[0]}") from None
+        self._asked.plain |= refused
+        return EncodedBatches(self.source, self.transform)[Wanted(encoded.epoch, encoded.sample_ids, frozenset(refused))]
 
-        def one(index: int) -> Tensor | str:
-            try:
-                pixels = decode(self.source.read(index), self.transform, epoch=refused.epoch, sample_id=index)
-            except UNREADABLE as error:
-                return why(error)
-            return torch.from_numpy(pixels)
+    def _takes(self, one: Encoded) -> bool:
+        try:
+            self._build(lambda: columns(one, self.transform.augment), 1).run()
+        except RuntimeError:
+            return False
+        return True
 
-        with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            found = list(pool.map(one, ids))
-        unreadable = {index for index, item in zip(ids, found, strict=True) if isinstance(item, str)}
-        self._asked.plain |= unreadable or set(ids)
-        empty = torch.zeros((self.transform.size, self.transform.size, 3), dtype=torch.uint8)
-        images = torch.stack([empty if isinstance(item, str) else item for item in found]).to(self.device)
-        return Decoded(refused.sample_ids, images, {row: item for row, item in enumerate(found) if isinstance(item, str)})
+    def _build(self, source: Callable[[], Any], batch_size: int) -> Any:
+        return build_pipeline(
+            source, self.transform, batch_size=batch_size, threads=max(1, self.workers), device=self.device,
+            hardware_share=self.hardware_share,
+        )  # fmt: skip
+
+
+def _row(encoded: Encoded, row: int) -> Encoded:
+    here = slice(row, row + 1)
+    return encoded._replace(
+        sample_ids=encoded.sample_ids[here], data=encoded.data.split(encoded.lengths.tolist())[row],
+        lengths=encoded.lengths[here], region=encoded.region[here], window=encoded.window[here], looks=encoded.looks[here],
+        operations=encoded.operations[here], signs=encoded.signs[here], reasons={},
+    )  # fmt: skip
+
+
+def columns(encoded: Encoded, augment: Augment) -> tuple[list[Any], ...]:
+    """A batch as the pipeline takes it: one list of arrays per input, as many as the augmentations need."""
+    files = [file.numpy() for file in encoded.data.split(encoded.lengths.tolist())]
+    region, window, looks = encoded.region, encoded.window, encoded.looks
+    parts = [region[:, :2], region[:, 2:], window[:, :2], window[:, 2:]]
+    if augment.flip:
+        parts += [looks[:, :1].int()]
+    if augment.color_jitter:
+        parts += [looks[:, 1:]]
+    if augment.rand_augment[0]:
+        parts += [encoded.operations, encoded.signs]
+    return (files, *(list(part.contiguous().numpy()) for part in parts))
 
 
 class _Queue:
@@ -248,37 +279,37 @@ class _Queue:
         self._again.clear()
         self._batches = batches
 
-    def replay(self) -> None:
-        """Hand out once more what is waiting, before anything new."""
-        self._again = deque(self.waiting) + self._again
+    def replay(self, first: Encoded) -> None:
+        """Hand out `first`, then once more what is waiting, before anything new."""
+        self._again = deque([first, *self.waiting, *self._again])
         self.waiting.clear()
 
-    def __call__(self) -> tuple[list[np.ndarray[Any, Any]], ...]:
+    def __call__(self) -> tuple[list[Any], ...]:
         encoded = self._again.popleft() if self._again else Encoded(*next(self._batches))
         self.waiting.append(encoded)
-        files = [file.numpy() for file in encoded.data.split(encoded.lengths.tolist())]
-        region, window, looks = encoded.region, encoded.window, encoded.looks
-        columns = [region[:, :2], region[:, 2:], window[:, :2], window[:, 2:]]
-        if self.augment.flip:
-            columns += [looks[:, :1].int()]
-        if self.augment.color_jitter:
-            columns += [looks[:, 1:]]
-        if self.augment.rand_augment[0]:
-            columns += [encoded.operations, encoded.signs]
-        return (files, *(list(column.contiguous().numpy()) for column in columns))
+        return columns(encoded, self.augment)
 
 
-def build_pipeline(source: Callable[[], Any], loader: DaliLoader) -> Any:
-    """Decode a region, resize its window, augment. See `Encoded` for what `source` feeds."""
+def build_pipeline(
+    source: Callable[[], Any],
+    transform: Transform,
+    *,
+    batch_size: int,
+    threads: int,
+    device: torch.device,
+    hardware_share: float,
+) -> Any:
+    """Decode a region, resize its window, augment. See `columns` for what `source` feeds."""
     from nvidia.dali import fn, pipeline_def, types
 
-    size, augment, on_gpu = loader.transform.size, loader.transform.augment, loader.device.type == "cuda"
+    size, augment, on_gpu = transform.size, transform.augment, device.type == "cuda"
     operations = augment.rand_augment[0]
+    decoder: dict[str, Any] = {"hw_decoder_load": hardware_share} if on_gpu else {}
 
-    @pipeline_def(
-        batch_size=loader.order.batch_size,
-        num_threads=max(1, loader.workers),
-        device_id=(loader.device.index or 0) if on_gpu else None,
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=(device.index or 0) if on_gpu else None,
         prefetch_queue_depth=PREFETCH,
         enable_conditionals=operations > 0,
     )
@@ -291,8 +322,7 @@ def build_pipeline(source: Callable[[], Any], loader: DaliLoader) -> Any:
         )
         images = fn.decoders.image_slice(
             encoded, start=start, shape=extent, axes=[0, 1], device="mixed" if on_gpu else "cpu", output_type=types.RGB,
-            adjust_orientation=False, jpeg_fancy_upsampling=True,
-            **({"hw_decoder_load": loader.hardware_share} if on_gpu else {}),
+            adjust_orientation=False, jpeg_fancy_upsampling=True, **decoder,
         )  # fmt: skip
         images = fn.resize(
             images, size=[size, size], roi_start=begin, roi_end=end, interp_type=types.INTERP_CUBIC, antialias=True
@@ -303,7 +333,7 @@ def build_pipeline(source: Callable[[], Any], loader: DaliLoader) -> Any:
             factors = looks.pop(0)
             images = fn.color_twist(images, brightness=factors[0], contrast=factors[1], saturation=factors[2])
         if operations:
-            images = _rand_augment(images, *looks, augment)
+            images = _rand_augment(images, looks[0], looks[1], augment)
         return images
 
     with warnings.catch_warnings(action="ignore"):  # DALI's own suite uses operators that DALI has renamed

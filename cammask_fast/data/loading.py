@@ -22,8 +22,8 @@ MOST_WORKERS = 8
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """Options of both loaders. kind: `auto` is DALI where it is installed. workers: see the loaders; None: the cores that this
-    process may use, at most 8. device: where DALI's batches lie. report: file with the unreadable samples. rank, world_size: this
-    process among those that share the data. hardware_share: of the GPU's JPEG decoder."""
+    process may use, at most 8. device: where DALI's batches lie. report: file with the unreadable samples. rank, world_size:
+    this process among those that share the data. hardware_share: of the GPU's JPEG decoder."""
 
     kind: str = "auto"
     workers: int | None = None

@@ -182,13 +182,14 @@ def index_of(shard: Path) -> ShardIndex:
 def _read_index(shard: Path, file_size: int) -> ShardIndex:
     members: dict[str, dict[str, tuple[int, int]]] = {}
     faults: list[tuple[str, str]] = []
-    before = -1
+    before, end = -1, 0
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 if member.offset <= before or member.size < 0:
                     raise tarfile.ReadError("a header that points backwards")
                 before = member.offset
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if not member.isreg() or member.issparse():
                     continue
                 if member.offset_data + member.size > file_size:
@@ -198,6 +199,9 @@ def _read_index(shard: Path, file_size: int) -> ShardIndex:
                 if key:
                     of_sample = members.setdefault(f"{folder}/{key}" if folder else key, {})
                     of_sample[f".{extension.lower()}"] = (member.offset_data, member.size)
+        with open(shard, "rb", buffering=0) as file:  # tarfile takes a damaged header for the end
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("no end mark")
     except Exception as error:  # tarfile raises a dozen kinds on damaged headers
         faults.append((str(shard), f"cut off or damaged after {len(members)} samples ({error})"))
     samples = []

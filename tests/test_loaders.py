@@ -1,0 +1,364 @@
+"""Both loaders: the same batches in the same order, exactly once, resumable anywhere, and one rule for unreadable images."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cammask_fast.data.bad_samples import BadSamples
+from cammask_fast.data.batch import ArrayLoader, Batch, ImageSource
+from cammask_fast.data.dali_loader import DaliLoader
+from cammask_fast.data.decode import Augment, Transform, decode
+from cammask_fast.data.folder import ImageFolder, scan
+from cammask_fast.data.loading import Loading
+from cammask_fast.data.order import Order
+from cammask_fast.data.pack import pack
+from cammask_fast.data.plain_loader import PlainLoader
+from cammask_fast.data.shards import open_shards
+from tests.test_folder import make_folder, write_image
+
+SIZE = 32
+LOADERS = pytest.mark.parametrize("kind", [PlainLoader, DaliLoader])
+AnyLoader = PlainLoader | DaliLoader
+Make = type[AnyLoader]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
+    """27 smooth photographs of different sizes in three classes."""
+    root = tmp_path_factory.mktemp("images")
+    for place, name in enumerate("abc"):
+        for i in range(9):
+            write_image(root / name / f"{i}.jpg", seed=10 * place + i, size=(40 + 7 * i, 90 - 5 * i))
+    return scan(root)
+
+
+@pytest.fixture(scope="module")
+def shards(folder: ImageFolder, tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
+    out = tmp_path_factory.mktemp("shards")
+    pack(folder, out, per_shard=5, bad=bad_samples(out))
+    return open_shards(str(out))
+
+
+def bad_samples(folder: Path, total: int = 27, *, max_share: float = 1.0) -> BadSamples:
+    return BadSamples("test", total, max_share=max_share, report=folder / "bad.tsv")
+
+
+def open_loader(
+    kind: Make, source: ImageSource, report: Path, *, batch_size: int = 4, workers: int = 1, augment: Augment | None = None,
+    max_bad: float = 1.0, shuffle: bool = True, seed: int = 5, rank: int = 0, world_size: int = 1,
+) -> AnyLoader:  # fmt: skip
+    return kind(
+        source, Transform(size=SIZE, augment=augment or Augment(), seed=seed), batch_size=batch_size, workers=workers,
+        bad=bad_samples(report, len(source), max_share=max_bad), shuffle=shuffle, seed=seed, rank=rank, world_size=world_size,
+    )  # fmt: skip
+
+
+def ids(batches: list[Batch]) -> list[int]:
+    return [index for batch in batches for index in batch.sample_ids.tolist()]
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(x, y) for one, other in zip(first, second, strict=True) for x, y in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("count", [1, 7, 24, 25])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_sample_comes_exactly_once_over_all_ranks(count: int, world_size: int) -> None:
+    ranks = [Order(count, batch_size=2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    batches = [order.begin() for order in ranks]
+    assert [len(of_rank) for of_rank in batches] == [len(order) for order in ranks]
+    assert sorted(torch.cat([*itertools.chain(*batches)]).tolist()) == list(range(count))
+    if count >= 2 * world_size:
+        training = [
+            Order(count, batch_size=2, shuffle=True, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
+        shown = torch.cat([torch.cat(order.begin()) for order in training]).tolist()
+        assert len(shown) == len(set(shown)) == count - count % (2 * world_size), "the incomplete global batch is dropped"
+        alone = Order(count, batch_size=2 * world_size, shuffle=True, seed=1).begin()
+        together = [torch.cat(parts) for parts in zip(*(order.begin() for order in training), strict=True)]
+        assert all(torch.equal(x, y) for x, y in zip(alone, together, strict=True)), "a global batch is the same on any ranks"
+
+
+def test_the_order_refuses_a_place_in_other_data() -> None:
+    order = Order(24, batch_size=4, shuffle=True, seed=1)
+    state = {**order.state_dict(), "epoch": 2, "position": 3}
+    Order(24, batch_size=2, shuffle=True, seed=1, world_size=2).load_state_dict(state)
+    for other in (Order(25, batch_size=4, shuffle=True, seed=1), Order(24, batch_size=4, shuffle=True, seed=2)):
+        with pytest.raises(ValueError, match=r"other data or settings: (count 24 instead of 25|seed 1 instead of 2)"):
+            other.load_state_dict(state)
+    for wrong in ({"batch_size": 0}, {"batch_size": 25, "shuffle": True}, {"batch_size": 1, "rank": 1}):
+        with pytest.raises(ValueError, match=r"batch size|rank"):
+            Order(24, **wrong)  # type: ignore[arg-type]
+
+
+@LOADERS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_follow_seed_and_epoch(folder: ImageFolder, tmp_path: Path, kind: Make, workers: int) -> None:
+    loader = open_loader(kind, folder, tmp_path, workers=workers)
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        epochs.append(list(loader))
+        assert len(epochs[-1]) == len(loader) == 6
+    assert same(epochs[0], epochs[2])
+    assert ids(epochs[0]) != ids(epochs[1])
+    first = epochs[0][0]
+    assert first.images.shape == (4, SIZE, SIZE, 3)
+    assert first.images.dtype == torch.uint8
+    assert first.labels.tolist() == folder.labels[first.sample_ids].tolist()
+    in_order = list(open_loader(kind, folder, tmp_path, workers=workers, shuffle=False))
+    assert ids(in_order) == list(range(27))
+    assert len(in_order[-1].labels) == 3, "the incomplete batch is evaluated"
+
+
+AUGMENTED = Augment.parse(["random-crop=0.3", "flip", "color-jitter=0.4", "rand-augment=2,9"])
+
+
+@LOADERS
+@pytest.mark.parametrize("layout", ["folder", "shards"])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("augment", [Augment(), AUGMENTED], ids=["plain", "augmented"])
+def test_a_run_continues_in_the_middle_of_an_epoch(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: Make, layout: str, world_size: int, augment: Augment
+) -> None:
+    source = request.getfixturevalue(layout)
+    for rank in range(world_size):
+
+        def fresh(rank: int = rank) -> AnyLoader:
+            return open_loader(kind, source, tmp_path, augment=augment, batch_size=3, rank=rank, world_size=world_size)
+
+        whole = fresh()
+        expected = []
+        for epoch in (0, 1):
+            whole.set_epoch(epoch)
+            expected += list(whole)
+        for stop in (1, len(whole) - 1, len(whole), len(whole) + 2):
+            begun = fresh()
+            shown: list[Batch] = []
+            for epoch in (0, 1):
+                begun.set_epoch(epoch)
+                shown += itertools.islice(begun, stop - len(shown))
+                if len(shown) == stop:
+                    break
+            state = begun.state_dict()
+            resumed = fresh()
+            resumed.load_state_dict(state)
+            rest = []
+            for epoch in range(state["epoch"], 2):
+                resumed.set_epoch(epoch)
+                rest += list(resumed)
+            assert same(shown + rest, expected), f"stopped after {stop} batches"
+
+
+@LOADERS
+def test_an_abandoned_epoch_leaves_nothing_behind(folder: ImageFolder, tmp_path: Path, kind: Make) -> None:
+    loader = open_loader(kind, folder, tmp_path)
+    whole = list(loader)
+    for _batch in loader:
+        break
+    assert same(list(loader), whole)
+
+
+@pytest.mark.parametrize("augment", [Augment(), Augment.parse(["random-crop=0.4", "flip"])], ids=["paper", "crop and flip"])
+def test_both_loaders_agree_on_generated_jpegs(folder: ImageFolder, tmp_path: Path, augment: Augment) -> None:
+    assert_agreement(folder, tmp_path, augment, size=SIZE)
+
+
+@pytest.mark.parametrize("augment", [Augment(), Augment.parse(["random-crop", "flip"])], ids=["paper", "crop and flip"])
+def test_both_loaders_agree_on_photographs(tmp_path: Path, augment: Augment) -> None:
+    """scikit-image's photographs as JPEGs of several qualities and samplings."""
+    import skimage
+
+    for place, name in enumerate(("astronaut", "coffee", "chelsea", "camera", "rocket", "retina")):
+        photograph = Image.fromarray(getattr(skimage.data, name)())
+        (tmp_path / "a").mkdir(exist_ok=True)
+        for quality, subsampling in ((75, 2), (92, 1), (98, 0)):
+            path = tmp_path / "a" / f"{place}-{quality}.jpg"
+            photograph.save(path, quality=quality, subsampling=subsampling, progressive=quality == 92)
+    assert_agreement(scan(tmp_path), tmp_path, augment, size=224)
+
+
+def assert_agreement(source: ImageSource, report: Path, augment: Augment, *, size: int) -> None:
+    """Labels and order are the same, and no image differs by more than 0.5 of 255 in the mean."""
+    transform = Transform(size=size, augment=augment, seed=2)
+    loaders = [
+        kind(source, transform, batch_size=4, workers=2, shuffle=True, seed=1, bad=bad_samples(report, len(source)))
+        for kind in (PlainLoader, DaliLoader)
+    ]
+    for plain, dali in zip(*loaders, strict=True):
+        assert torch.equal(plain.labels, dali.labels)
+        assert torch.equal(plain.sample_ids, dali.sample_ids)
+        difference = (plain.images.float() - dali.images.float()).abs().mean((1, 2, 3))
+        assert difference.max() <= 0.5, [source.name(i) for i in plain.sample_ids[difference > 0.5].tolist()]
+
+
+def test_jitter_and_rand_augment_change_pixels_on_dali(folder: ImageFolder, tmp_path: Path) -> None:
+    plain = list(open_loader(DaliLoader, folder, tmp_path))
+    for words in (["color-jitter=0.4"], ["rand-augment=2,9"]):
+        changed = list(open_loader(DaliLoader, folder, tmp_path, augment=Augment.parse(words)))
+        assert ids(changed) == ids(plain)
+        moved = [not torch.equal(x, y) for one, other in zip(changed, plain, strict=True)
+                 for x, y in zip(one.images, other.images, strict=True)]  # fmt: skip
+        assert sum(moved) > 18, "most of the 24 images"
+
+
+def odd_files(root: Path) -> None:
+    """Readable files of every odd kind, in class `odd`."""
+    base = Image.open(write_image(root / "odd" / "plain.jpg", 1, (90, 61))).convert("RGB")
+    folder = root / "odd"
+    base.save(folder / "png called.jpg", "PNG")
+    base.save(folder / "ünïcode wébp.webp")
+    base.save(folder / "a.gif")
+    base.convert("L").save(folder / "grey.jpg")
+    base.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257).save(folder / "sixteen.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    base.save(folder / "turned.jpg", exif=exif)
+    Image.new("RGB", (1, 1), (9, 8, 7)).save(folder / "one.jpg")
+    base.resize((20_000, 20)).save(folder / "long.jpg")
+    (folder / "link.jpg").symlink_to(folder / "plain.jpg")
+    (folder / ".hidden.jpg").write_bytes(b"hidden")
+
+
+@LOADERS
+def test_odd_files_are_read(tmp_path: Path, kind: Make) -> None:
+    odd_files(tmp_path)
+    source = scan(tmp_path)
+    loader = open_loader(kind, source, tmp_path, shuffle=False)
+    shown = {index: image for batch in loader for index, image in zip(batch.sample_ids.tolist(), batch.images, strict=True)}
+    assert len(source) == 11
+    assert len(loader.bad) == 0, loader.bad.reasons
+    for index in range(len(source)):
+        by_pil = decode(source.read(index), Transform(size=SIZE))
+        assert np.abs(shown[index].numpy().astype(int) - by_pil).mean() <= 0.5, source.name(index)
+
+
+def damaged_folder(root: Path) -> dict[str, str]:
+    """Twelve readable images and five that are not, and what is said about those."""
+    make_folder(root, {"a": 6, "b": 6})
+    whole = write_image(root / "a" / "cut.jpg", 3, (200, 200)).read_bytes()
+    (root / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "a" / "empty.jpg").write_bytes(b"")
+    (root / "b" / "text.jpg").write_bytes(b"no image")
+    (root / "b" / "header.jpg").write_bytes(whole[:60])
+    (root / "b" / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    return {"cut": "", "empty": "empty", "text": "known format", "header": "", "gone": "No such file"}
+
+
+@LOADERS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_left_out_replaced_and_listed(tmp_path: Path, kind: Make, workers: int) -> None:
+    expected = damaged_folder(tmp_path / "data")
+    source = scan(tmp_path / "data")
+    evaluation = open_loader(kind, source, tmp_path / "evaluation", workers=workers, shuffle=False)
+    for _epoch in range(2):
+        shown = ids(list(evaluation))
+        assert shown == [i for i in range(len(source)) if Path(source.name(i)).stem not in expected], "left out"
+    training = open_loader(kind, source, tmp_path / "training", workers=workers)
+    clean = {i: decode(source.read(i), Transform(size=SIZE)) for i in shown}
+    for epoch in range(2):
+        training.set_epoch(epoch)
+        for batch, asked in zip(training, training.order.begin(), strict=True):
+            good = [i for i in asked.tolist() if i in clean]
+            following = [next(i for i in itertools.chain(asked[place:].tolist(), good) if i in clean) for place in range(4)]
+            assert batch.sample_ids.tolist() == following, "the next readable sample of the batch takes the place"
+            assert batch.labels.tolist() == [source.labels[i] for i in following], "with its own label"
+            for index, image in zip(following, batch.images, strict=True):
+                assert np.abs(image.numpy().astype(int) - clean[index]).mean() <= 0.5, "and its own pixels"
+    for loader, folder in ((evaluation, "evaluation"), (training, "training")):
+        listed = dict(line.split("\t") for line in (tmp_path / folder / "bad.tsv").read_text().splitlines())
+        assert {Path(name).stem for name in listed} <= set(expected)
+        assert all(expected[Path(name).stem] in reason for name, reason in listed.items())
+        assert len(listed) == len(loader.bad)
+    assert len(evaluation.bad) == 5
+
+
+def test_a_sample_does_not_depend_on_damaged_neighbours(tmp_path: Path) -> None:
+    """DALI refuses whole batches; the others of such a batch must come out as they do without the damage."""
+    damaged_folder(tmp_path / "data")
+    source = scan(tmp_path / "data")
+    alone = {}
+    for batch in open_loader(DaliLoader, source, tmp_path, batch_size=1, shuffle=False):
+        alone[int(batch.sample_ids)] = batch.images[0]
+    for batch_size in (4, 17):
+        for batch in open_loader(DaliLoader, source, tmp_path, batch_size=batch_size, shuffle=False):
+            for index, image in zip(batch.sample_ids.tolist(), batch.images, strict=True):
+                assert torch.equal(image, alone[index]), source.name(index)
+
+
+@LOADERS
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path, kind: Make) -> None:
+    damaged_folder(tmp_path / "data")
+    loader = open_loader(kind, scan(tmp_path / "data"), tmp_path, max_bad=0.12, shuffle=False)
+    with pytest.raises(ValueError, match=r"3 of 17 images .* --max-bad 0.12 allows; the last is .*bad.tsv|listed in") as caught:
+        list(loader)
+    assert str(tmp_path / "bad.tsv") in str(caught.value)
+    assert (tmp_path / "bad.tsv").read_text().count("\n") == 3
+
+
+def test_a_batch_without_any_readable_sample_is_left_out(tmp_path: Path) -> None:
+    damaged_folder(tmp_path / "data")
+    for kind in (PlainLoader, DaliLoader):
+        loader = open_loader(kind, scan(tmp_path / "data"), tmp_path, batch_size=1)
+        assert len(list(loader)) == 12
+        assert loader.state_dict()["position"] == 17, "places are counted in batches asked for"
+
+
+def test_a_killed_worker_is_one_line(folder: ImageFolder, tmp_path: Path) -> None:
+    loader = open_loader(PlainLoader, folder, tmp_path, workers=1, batch_size=1)
+    batches = iter(loader)
+    next(batches)
+    for process in loader._loader._iterator._workers:  # type: ignore[union-attr]
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(ValueError, match=r"process that reads images was killed .*--workers"):
+        list(batches)
+
+
+def test_options(folder: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = Transform(size=SIZE)
+    report = tmp_path / "bad.tsv"
+    kinds: list[tuple[str, Make]] = [("auto", DaliLoader), ("dali", DaliLoader), ("torch", PlainLoader)]
+    for kind, expected in kinds:
+        assert type(Loading(kind=kind, workers=0, report=report).open(folder, transform, batch_size=2)) is expected
+    wrong: list[Callable[[], object]] = [
+        lambda: Loading(kind="fast"),
+        lambda: Loading(workers=-1).open(folder, transform, batch_size=2),
+        lambda: Loading(max_bad=2).open(folder, transform, batch_size=2),
+        lambda: Loading(kind="dali", hardware_share=1.5).open(folder, transform, batch_size=2),
+        lambda: Loading(kind="torch", workers=-1).open(folder, transform, batch_size=2),
+    ]
+    for make in wrong:
+        with pytest.raises(ValueError, match=r"loader|--workers|--max-bad|--hardware-share"):
+            make()
+    monkeypatch.setattr("cammask_fast.data.loading.dali_installed", lambda: False)
+    monkeypatch.setattr("cammask_fast.data.dali_loader.dali_installed", lambda: False)
+    assert type(Loading(workers=0, report=report).open(folder, transform, batch_size=2)) is PlainLoader
+    with pytest.raises(ValueError, match="pip install nvidia-dali-cuda130"):
+        Loading(kind="dali", report=report).open(folder, transform, batch_size=2)
+
+
+def test_images_in_memory_resume_too() -> None:
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 4, 4, 3)
+
+    def loader() -> ArrayLoader:
+        return ArrayLoader(images, torch.arange(10), batch_size=3, shuffle=True, seed=4)
+
+    begun = loader()
+    shown: list[Tensor] = [next(iter(begun)).labels]
+    resumed = loader()
+    resumed.load_state_dict(begun.state_dict())
+    shown += [batch.labels for batch in resumed]
+    assert torch.equal(torch.cat(shown), torch.cat([batch.labels for batch in loader()]))
