@@ -11,6 +11,7 @@ from typing import NoReturn
 COMMANDS = {
     "kernels": ("bench.kernels", "what the kernels need, compiled without a GPU, or the CPU path against op by op"),
     "step": ("bench.step.race", "one optimiser step against the authors' algorithm"),
+    "data": ("bench.data.loaders", "the loaders against torchvision's"),
     "gpu": ("bench.gpu", "tests and microbenchmarks on a CUDA machine"),
     "report": ("bench.report", "write the tables of bench/results into the README"),
 }

@@ -31,7 +31,7 @@ MAX_DONORS = 64
 def photograph(path: Path, size: int) -> Tensor:
     """One image file as uint8 (size, size, 3), see `decode`. Raises ValueError naming a file that cannot be read."""
     try:
-        return torch.from_numpy(decode(path.read_bytes(), Transform(size=size)))
+        return decode(path.read_bytes(), Transform(size=size))
     except UNREADABLE as error:
         raise ValueError(f"cannot read the image {path} ({why(error)}): remove or replace it") from None
 

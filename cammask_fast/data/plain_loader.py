@@ -1,4 +1,4 @@
-"""The loader without DALI: PIL and torchvision in the worker processes of a PyTorch DataLoader.
+"""The loader without DALI: PIL decodes and torchvision resizes in the worker processes of a PyTorch DataLoader.
 
 It also settles, for both loaders, what becomes of a sample that cannot be read.
 """
@@ -64,8 +64,7 @@ class DecodedBatches(Dataset[Decoded]):
         reasons = {}
         for row, index in enumerate(wanted.sample_ids.tolist()):
             try:
-                pixels = decode(self.source.read(index), self.transform, epoch=wanted.epoch, sample_id=index)
-                images[row] = torch.from_numpy(pixels)
+                images[row] = decode(self.source.read(index), self.transform, epoch=wanted.epoch, sample_id=index)
             except UNREADABLE as error:
                 reasons[row] = why(error)
         return Decoded(wanted.sample_ids, images, reasons)

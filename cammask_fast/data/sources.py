@@ -242,7 +242,7 @@ def preview_rows(data: str, *, seed: int, columns: int = 12, classes: int = 24) 
         row = torch.full((columns, PREVIEW_SIZE, PREVIEW_SIZE, 3), 255, dtype=torch.uint8)
         for place, index in enumerate(chosen):
             try:
-                row[place] = torch.from_numpy(decode(images.read(index), Transform(size=PREVIEW_SIZE)))
+                row[place] = decode(images.read(index), Transform(size=PREVIEW_SIZE))
             except UNREADABLE:
                 row[place] = 0
         rows[name] = row

@@ -1,0 +1,1 @@
+"""Loaders: images per second and CPU seconds, ours against torchvision's."""
