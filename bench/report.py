@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.data import loaders
 from bench.kernels.cpu import markdown
 from bench.records import ROOT, markdown_table, read
 from bench.step import cam_options, time_to_accuracy
 
 NO_GPU = "No GPU figures yet: none has been measured."
 NO_CPU = "No CPU figures yet: none has been measured."
+NO_DATA_ON_GPU = "Loading is not yet measured on a GPU; here is what a CPU shows."
 NO_STEP_ON_GPU = "The step is not yet measured on a GPU; here are its counted work and memory and what a CPU shows."
 Records = Sequence[Mapping[str, Any]]
 
@@ -31,6 +33,7 @@ def main(options: argparse.Namespace) -> int:
     text = options.readme.read_text()
     text = fill(text, "gpu", gpu_section(records))
     text = fill(text, "step", step_section(records))
+    text = fill(text, "data", data_section(records))
     text = fill(text, "cpu", f"{cpu_section(records)}\n\n{static_section(records)}".strip())
     options.readme.write_text(text)
     print(f"written to {options.readme}")
@@ -148,6 +151,34 @@ def _step_row(record: Mapping[str, Any], base: Mapping[str, Any] | None) -> list
         name, record["precision"], str(record["batch"]), f"{record['seconds_p50']:.3f}", f"{record['images_per_second']:.1f}",
         faster, f"{record['forward_units']:.2f}", *memory,
     ]  # fmt: skip
+
+
+def data_section(records: Records) -> str:
+    """Loading: the last record of a loader, its files and its workers; on a GPU by case."""
+    measured = [r for r in records if r.get("op") == "data"]
+    on_gpu, on_cpu = [r for r in measured if "gpu" in r], [r for r in measured if "cpu" in r]
+    sections = [] if on_gpu else [NO_DATA_ON_GPU]
+    for gpu in dict.fromkeys(r["gpu"] for r in on_gpu):
+        latest = list({(r["mode"], r["arch"], r["hardware_share"]): r for r in on_gpu if r["gpu"] == gpu}.values())
+        rows = [
+            [
+                " ".join([r["mode"], r["arch"]]).strip(), str(r["batch"]), f"{r['hardware_share']:.0%}",
+                "failed" if "error" in r else f"{r['images_per_s']:.0f}",
+                f"{r['step_alone_images_per_s']:.0f}" if "step_alone_images_per_s" in r else "-",
+                f"{r['waited_for_data']:.0%}" if "waited_for_data" in r else "-",
+            ]
+            for r in latest
+        ]  # fmt: skip
+        header = ["what", "batch", "on the hardware decoder", "images/s", "step alone, images/s", "waiting for data"]
+        where = f"{gpu}, torch {latest[-1]['torch']}, commit {latest[-1]['commit']}"
+        sections.append(f"{where}:\n\n{markdown_table(header, rows)}")
+    for images in dict.fromkeys(r["images"] for r in on_cpu):
+        latest = list({(r["provider"], r["workers"]): r for r in on_cpu if r["images"] == images}.values())
+        last = latest[-1]
+        where = f"{last['files']} {images}, {last['cpu']}, {last['cores']} cores, torch {last['torch']}"
+        where += f", commit {last['commit']}"
+        sections.append(f"{where}:\n\n{loaders.table(latest)}")
+    return "\n\n".join(sections)
 
 
 def cpu_section(records: Records) -> str:

@@ -15,6 +15,9 @@ import torch
 import cammask_fast
 from bench import gpu, records, report
 from bench.__main__ import main
+from bench.data import loaders
+from bench.data.photographs import generate
+from bench.gpu import data as gpu_data
 from bench.gpu import kernels, tests
 from bench.gpu import step as gpu_step
 from bench.kernels import aot, cpu, static
@@ -44,6 +47,8 @@ def cells(row: str) -> list[str]:
         (["gpu", "--out", "x", "--arch", "ViT-Z"], "ViT-Z"),
         (["report", "--readme", "/nowhere/README.md"], "/nowhere"),
         (["step", "--batch", "1"], "--batch"),
+        (["data", "--repeats", "1"], "--repeats"),
+        (["data", "--images", "/nowhere"], "no folder at /nowhere"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(
@@ -356,7 +361,7 @@ def test_the_report_writes_gpu_records_into_the_readme(tmp_path: Path, measured:
     results.mkdir()
     readme.write_text(
         "a\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nb\n<!-- cpu:begin -->\n<!-- cpu:end -->\nc\n"
-        "<!-- step:begin --><!-- step:end -->"
+        "<!-- step:begin --><!-- step:end --><!-- data:begin --><!-- data:end -->"
     )
     command = ["report", "--readme", str(readme), "--results", str(results)]
     assert main(command) == 0
@@ -457,3 +462,45 @@ def test_every_provider_runs_at_the_largest_batch_that_fits(tmp_path: Path) -> N
     assert [batch for provider, batch in seen if provider == "authors"] == [512, 256, 128]
     assert records[-1]["error"] == "RuntimeError: broken"
     assert all(r["mode"] == "masked-object" for r in records), "no case starts after the time is over"
+
+
+def test_every_loader_is_measured_on_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "LEAST_IMAGES", 24)
+    root, out = generate(tmp_path / "images", 12), tmp_path / "data.jsonl"
+    assert main(["data", "--images", str(root), "--threads", "1", "--repeats", "2", "--out", str(out)]) == 0
+    found = {record["provider"]: record for record in read(out)}
+    assert list(found) == ["dali", "torchvision", "torch"]
+    for record in found.values():
+        assert record["workers"] == 1
+        assert record["images_per_s"] == pytest.approx(24 / record["seconds_p50"])
+        assert record["cpu_s_per_1000"] > 0
+    assert found["torchvision"]["mean_abs_diff"] == 0
+    assert 0 < found["torch"]["mean_abs_diff"] < 0.1
+    assert 0 < found["dali"]["mean_abs_diff"] <= 0.5
+    text = report.data_section(read(out))
+    assert text.startswith(report.NO_DATA_ON_GPU)
+    assert "12 photographs" in text
+
+
+def test_loading_on_a_gpu_records_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_data, "FILES", 4)
+
+    def measure(case: gpu_data.Case, _source: object, _folder: Path) -> dict[str, Any]:
+        if case[1] == "ViT-B/32":
+            raise RuntimeError("broken")
+        return {"images_per_s": 7000.0} | ({"step_alone_images_per_s": 7500.0, "waited_for_data": 0.02} if case[1] else {})
+
+    archs = ["ViT-B/16", "ViT-B/32", "ViT-L/14"]
+    assert gpu_data.run(tmp_path, archs=archs, measure=measure, environment=lambda: WHERE) == 1
+    found = read(tmp_path / "data.jsonl")
+    assert [(r["mode"], r["arch"]) for r in found] == [
+        ("decode", ""), ("train", "ViT-B/16"), ("train", "ViT-B/32"), ("decode", ""), ("decode", ""), ("decode", "")
+    ]  # fmt: skip
+    rows = [cells(line) for line in report.data_section(found).splitlines() if line.startswith("| ")]
+    assert ["train ViT-B/16", "512", "75%", "7000", "7500", "2%"] in rows
+    assert ["train ViT-B/32", "512", "75%", "failed", "-", "-"] in rows
+    moments = iter(range(0, 10_000, 300))
+    (tmp_path / "late").mkdir()
+    arguments = {"archs": archs, "measure": measure, "environment": lambda: WHERE, "clock": lambda: float(next(moments))}
+    assert gpu_data.run(tmp_path / "late", **arguments) == 0  # type: ignore[arg-type]
+    assert len(read(tmp_path / "late" / "data.jsonl")) == 1, "no case starts after the time is over"

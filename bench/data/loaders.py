@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def by_pil(data: bytes) -> Tensor:
     return to_pixels(transform(to_rgb(opened(data))))
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[Mapping[str, Any]]) -> str:
     header = ["loader", "workers", "images/s", "against torchvision", "CPU s per 1000 images", "worst mean difference to PIL"]
     names = {"dali": "ours, DALI", "torch": "ours, PyTorch", "torchvision": "torchvision"}
     rows = [

@@ -1,4 +1,4 @@
-"""What runs on a CUDA machine: tests of the real kernels, the whole step, microbenchmarks, loading. Records are flushed line by line."""
+"""What runs on a CUDA machine: tests, the whole step, microbenchmarks, loading. Records are flushed line by line."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ def run(
             f"--junitxml={junit}",
             "tests/kernels",
             "tests/test_step_on_gpu.py",
+            "tests/test_loader_on_gpu.py",
         ]
         outcome = _outcome(execute(command, out / "tests.log", SECONDS - MEMCHECK_SHARE, {}), clock() - started)
         outcome |= counts(junit)
