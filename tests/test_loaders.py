@@ -279,7 +279,9 @@ def test_bad_samples_are_left_out_replaced_and_listed(tmp_path: Path, kind: Make
             for index, image in zip(following, batch.images, strict=True):
                 assert (image.float() - clean[index].float()).abs().mean() <= 0.5, "and its own pixels"
     for loader, folder in ((evaluation, "evaluation"), (training, "training")):
-        listed = dict(line.split("\t") for line in (tmp_path / folder / "bad.tsv").read_text().splitlines())
+        lines = (tmp_path / folder / "bad.tsv").read_text().splitlines()
+        listed = dict(line.split("\t") for line in lines)
+        assert len(lines) == len(listed), "once, however often it is met"
         assert {Path(name).stem for name in listed} <= set(expected)
         assert all(expected[Path(name).stem] in reason for name, reason in listed.items())
         assert len(listed) == len(loader.bad)
@@ -294,9 +296,13 @@ def test_a_sample_does_not_depend_on_damaged_neighbours(tmp_path: Path) -> None:
     for batch in open_loader(DaliLoader, source, tmp_path, batch_size=1, shuffle=False):
         alone[int(batch.sample_ids)] = batch.images[0]
     for batch_size in (4, 17):
-        for batch in open_loader(DaliLoader, source, tmp_path, batch_size=batch_size, shuffle=False):
+        loader = DaliLoader(
+            source, Transform(size=SIZE), batch_size=batch_size, bad=bad_samples(tmp_path, len(source)), workers=1
+        )
+        for batch in loader:
             for index, image in zip(batch.sample_ids.tolist(), batch.images, strict=True):
                 assert torch.equal(image, alone[index]), source.name(index)
+        assert {source.name(index) for index in loader._asked.plain} <= set(loader.bad.reasons), "no other bypasses DALI"
 
 
 @LOADERS
