@@ -173,7 +173,7 @@ def data_section(records: Records) -> str:
         where = f"{gpu}, torch {latest[-1]['torch']}, commit {latest[-1]['commit']}"
         sections.append(f"{where}:\n\n{markdown_table(header, rows)}")
     for images in dict.fromkeys(r["images"] for r in on_cpu):
-        latest = list({(r["provider"], r["workers"]): r for r in on_cpu if r["images"] == images}.values())
+        latest = list({(r["provider"], r["threads"]): r for r in on_cpu if r["images"] == images}.values())
         last = latest[-1]
         where = f"{last['files']} {images}, {last['cpu']}, {last['cores']} cores, torch {last['torch']}"
         where += f", commit {last['commit']}"

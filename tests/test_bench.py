@@ -471,7 +471,7 @@ def test_every_loader_is_measured_on_the_same_files(tmp_path: Path, monkeypatch:
     found = {record["provider"]: record for record in read(out)}
     assert list(found) == ["dali", "torchvision", "torch"]
     for record in found.values():
-        assert record["workers"] == 1
+        assert record["threads"] == 1
         assert record["images_per_s"] == pytest.approx(24 / record["seconds_p50"])
         assert record["cpu_s_per_1000"] > 0
     assert found["torchvision"]["mean_abs_diff"] == 0

@@ -56,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
         source = scan(root)
         what = "photographs" if options.images else "generated JPEGs"
         records = [
-            record | {"images": what} | cpu_environment()
+            cpu_environment() | record | {"images": what}
             for workers in options.threads
             for record in race(root, source, workers=workers, repeats=options.repeats)
         ]
@@ -107,7 +107,7 @@ def race(root: Path, source: ImageSource, *, workers: int, repeats: int) -> list
         torch.set_num_threads(threads)
     return [
         {
-            "op": "data", "provider": name, "workers": workers, "batch": BATCH, "files": len(source),
+            "op": "data", "provider": name, "threads": workers, "batch": BATCH, "files": len(source),
             **spread(wall[name]).fields(), "images_per_s": images / statistics.median(wall[name]),
             "cpu_s_per_1000": 1000 * statistics.median(cpu[name]) / images, "mean_abs_diff": apart[name],
             "faster_than_torchvision": statistics.median(wall["torchvision"]) / statistics.median(wall[name]),
@@ -151,7 +151,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     names = {"dali": "ours, DALI", "torch": "ours, PyTorch", "torchvision": "torchvision"}
     rows = [
         [
-            names[r["provider"]], str(r["workers"]), f"{r['images_per_s']:.0f}", f"{r['faster_than_torchvision']:.2f}x",
+            names[r["provider"]], str(r["threads"]), f"{r['images_per_s']:.0f}", f"{r['faster_than_torchvision']:.2f}x",
             f"{r['cpu_s_per_1000']:.2f}", f"{r['mean_abs_diff']:.2f} of 255",
         ]
         for r in records
