@@ -469,11 +469,11 @@ def run_wise_ft(args: Options) -> None:
         say_unreadable(*(one.loader for one in sets.values()))
         if not here.first:
             return
-    curve = []
+    curve, label = [], "average"
     for place, alpha in enumerate(args["alphas"]):
         accuracies = {name: of_set[place].top1 for name, of_set in scores.items()}
-        average = average_ood(accuracies)
-        curve.append({"alpha": alpha, "accuracy": accuracies, "average": None if average is None else average[1]})
+        label, average = average_ood(accuracies) or (label, None)
+        curve.append({"alpha": alpha, "accuracy": accuracies, "average": average})
     text = json.dumps(curve, indent=1)
     if args["out"] is not None:
         for alpha, model in zip(args["alphas"], models, strict=True):
@@ -483,11 +483,12 @@ def run_wise_ft(args: Options) -> None:
     if args["json"]:
         print(text)
         return
-    print("alpha  " + "  ".join(f"{name:>6}" for name in (*sets, *(["average OOD"] if len(sets) > 1 else []))))
+    columns = [*sets, label] if len(sets) > 1 else list(sets)
+    print("alpha  " + "  ".join(f"{name:>6}" for name in columns))
     for row in curve:
-        cells = [(len(name), value) for name, value in row["accuracy"].items()]
-        cells += [(len("average OOD"), row["average"])] if row["average"] is not None else []
-        print(f"{row['alpha']:5.2f}  " + "  ".join(f"{value:{max(6, width)}.2f}" for width, value in cells))
+        values = [*row["accuracy"].values(), row["average"]]
+        cells = [f"{value:{max(6, len(name))}.2f}" for name, value in zip(columns, values, strict=False)]
+        print(f"{row['alpha']:5.2f}  " + "  ".join(cells))
 
 
 def run_mask(args: Options) -> None:

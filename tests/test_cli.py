@@ -318,3 +318,15 @@ def test_the_console_command() -> None:
     )
     assert "evaluate" in listed.stdout
     assert not any(line.endswith((" torch", " open_clip", " matplotlib")) for line in listed.stderr.splitlines())
+
+
+def test_wise_ft_names_its_average(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_folder(tmp_path / "other", {"dog": 2, "red_fox": 2})
+    files = ["--start", str(run / "best.safetensors"), "--end", str(run / "last.safetensors")]
+    capsys.readouterr()
+    assert main(["wise-ft", *files, "--data", str(photos), str(other), "--alphas", "0", "1"]) == 0
+    header, first, last = capsys.readouterr().out.splitlines()
+    assert header.split() == ["alpha", str(photos), str(other), "average"]
+    for line in (first, last):
+        _, on_photos, on_other, average = map(float, line.split())
+        assert average == pytest.approx((on_photos + on_other) / 2, abs=0.01)
