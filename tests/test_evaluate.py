@@ -41,12 +41,12 @@ def test_fewer_than_five_logits_that_count() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    """Confidences 0.9 (three right of four) and 0.6 (one right of two): (4 |0.9 - 0.75| + 2 |0.6 - 0.5|) / 6."""
+    """Confidences 0.9 (three right of four) and 0.6 (two right of two): (4 |0.9 - 0.75| + 2 |0.6 - 1|) / 6."""
     confidence = torch.tensor([0.9] * 4 + [0.6] * 2)
     logits = torch.stack([confidence, 1 - confidence], 1).log()
-    labels = torch.tensor([0, 0, 0, 1, 0, 1])
+    labels = torch.tensor([0, 0, 0, 1, 0, 0])
     for split in (1, 3):
-        assert score_of(logits, labels, split=split).calibration_error == pytest.approx(100 * 0.8 / 6, abs=1e-4)
+        assert score_of(logits, labels, split=split).calibration_error == pytest.approx(100 * 1.4 / 6, abs=1e-4)
 
 
 def test_a_perfectly_confident_and_right_model_is_calibrated() -> None:

@@ -68,7 +68,7 @@ def hold_out_images(source: Source, images: int, *, seed: int) -> tuple[Source, 
     if not 0 < images <= spare:
         raise ValueError(f"--val-images: expected 1 to {spare} of the {len(source)} images of {source.where}, got {images}")
     exact = images * counts.double() / len(source)
-    taken = exact.floor().long().minimum(counts - 1).clamp(min=0)
+    taken = exact.floor().long()  # below `counts` in every class that has images, as `images` is below their number
     remainder = exact - taken
     while (short := images - int(taken.sum())) > 0:
         open_classes = taken < counts - 1
