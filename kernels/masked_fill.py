@@ -139,12 +139,12 @@ def _store_channel(
     tl.store(out_ptrs, values.to(out_ptrs.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "top_k", "context"])
+@triton.jit(do_not_specialize=["count", "first", "top_k", "context"])
 def _masked_fill_fwd_kernel(
     out_ptr, images_ptr, select_ptr, donors_ptr,
     stride_image_n, stride_image_channel, stride_image_y, stride_image_x,
     stride_select_n, stride_select_patch, stride_donors_n, stride_donors_patch,
-    count, threshold, top_k, context, fill_red, fill_green, fill_blue,
+    count, first, threshold, top_k, context, fill_red, fill_green, fill_blue,
     SELECT: tl.constexpr, PIXELS: tl.constexpr, HAS_DONORS: tl.constexpr, HAS_PATCH_LAYOUT: tl.constexpr,
     GRID_Y: tl.constexpr, GRID_X: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     SCALE_RED: tl.constexpr, SCALE_GREEN: tl.constexpr, SCALE_BLUE: tl.constexpr,
@@ -154,6 +154,7 @@ def _masked_fill_fwd_kernel(
 ):  # fmt: skip
     """One program: up to BLOCK_Y pixel rows of one row of patches of an image; tiles are (rows, patches, groups, GROUP pixels).
 
+    Row n of masks, donors and result belongs to image first + n of the `count` images, all of which can donate.
     SELECT: none, mask (select_ptr is a bool mask over patches), threshold, top_k or bilinear (select_ptr is the raw relevance).
     PIXELS: words (16 RGB pixels as three vectors of four 32-bit words), pairs (2 as three 16-bit words) or single.
     """
@@ -169,7 +170,7 @@ def _masked_fill_fwd_kernel(
     column = column[None, :, None]
     inside = (y < HEIGHT) & (column < GRID_X) & (x < WIDTH)
 
-    source = tl.zeros((1, BLOCK_X, 1), tl.int64) + image
+    source = tl.zeros((1, BLOCK_X, 1), tl.int64) + image + first
     readable = inside
     masked = inside
     lost = inside
@@ -196,7 +197,7 @@ def _masked_fill_fwd_kernel(
             donor_ptrs = donors_ptr + image * stride_donors_n + patch * stride_donors_patch
             donor = tl.load(donor_ptrs, mask=exists, other=0)[None, :, None]
             lost = masked & ((donor < 0) | (donor >= count))
-            source = tl.where(masked, donor, image)
+            source = tl.where(masked, donor, image + first)
             readable = inside & (lost == 0)
         else:
             readable = inside & (masked == 0)
@@ -204,8 +205,8 @@ def _masked_fill_fwd_kernel(
     image_y = row * HEIGHT + y
     image_x = column * WIDTH + x
     if PIXELS == "words":
-        first = images_ptr + (source * stride_image_n + (image_y * stride_image_y + image_x * 3))
-        words = first.to(tl.pointer_type(tl.uint32))[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+        at = images_ptr + (source * stride_image_n + (image_y * stride_image_y + image_x * 3))
+        words = at.to(tl.pointer_type(tl.uint32))[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
         vectors0 = tl.load(words, mask=readable[:, :, :, None], other=0)
         vectors1 = tl.load(words + 4, mask=readable[:, :, :, None], other=0)
         vectors2 = tl.load(words + 8, mask=readable[:, :, :, None], other=0)
@@ -216,14 +217,14 @@ def _masked_fill_fwd_kernel(
         raw1 = _stack4(w1, w4, w7, w10, BLOCK_Y, BLOCK_X, BLOCK_G, 4)  # GBRG
         raw2 = _stack4(w2, w5, w8, w11, BLOCK_Y, BLOCK_X, BLOCK_G, 4)  # BRGB
     elif PIXELS == "pairs":
-        first = images_ptr + (source * stride_image_n + (image_y * stride_image_y + image_x * 3))
-        halves = first.to(tl.pointer_type(tl.uint16))
+        at = images_ptr + (source * stride_image_n + (image_y * stride_image_y + image_x * 3))
+        halves = at.to(tl.pointer_type(tl.uint16))
         raw0 = tl.load(halves, mask=readable, other=0).to(tl.int32)  # RG
         raw1 = tl.load(halves + 1, mask=readable, other=0).to(tl.int32)  # BR
         raw2 = tl.load(halves + 2, mask=readable, other=0).to(tl.int32)  # GB
     else:
-        first = source * stride_image_n + (image_y * stride_image_y + image_x * stride_image_x)
-        pixel_ptrs = images_ptr + first[:, :, :, None] + tl.arange(0, GROUP)[None, None, None, :] * stride_image_x
+        at = source * stride_image_n + (image_y * stride_image_y + image_x * stride_image_x)
+        pixel_ptrs = images_ptr + at[:, :, :, None] + tl.arange(0, GROUP)[None, None, None, :] * stride_image_x
         raw0 = tl.load(pixel_ptrs, mask=readable[:, :, :, None], other=0)
         raw1 = tl.load(pixel_ptrs + stride_image_channel, mask=readable[:, :, :, None], other=0)
         raw2 = tl.load(pixel_ptrs + 2 * stride_image_channel, mask=readable[:, :, :, None], other=0)
@@ -296,11 +297,22 @@ def plan_masked_fill(
     *,
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
+    first: int = 0,
 ) -> list[Launch]:
     """One launch that writes `masked_fill` into out."""
     grid = grid_of(mask.shape[1], image_size(images)[2])
     return [
-        _plan(out, images, layout=layout, grid=(grid, grid), select="mask", selector=mask, donors=donors, constant=constant)
+        _plan(
+            out,
+            images,
+            layout=layout,
+            grid=(grid, grid),
+            select="mask",
+            selector=mask,
+            donors=donors,
+            constant=constant,
+            first=first,
+        )
     ]
 
 
@@ -316,6 +328,7 @@ def plan_counterfactual_batch(
     upsample: str = "nearest",
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
+    first: int = 0,
 ) -> list[Launch]:
     """One launch that writes `counterfactual_batch` into out."""
     grid = grid_of(relevance.shape[1], image_size(images)[2])
@@ -331,6 +344,7 @@ def plan_counterfactual_batch(
         top_k=top_k,
         context=context,
         constant=constant,
+        first=first,
     )
     return [launch]
 
@@ -348,6 +362,7 @@ def _plan(
     top_k: int | None = None,
     context: bool = False,
     constant: Sequence[float] | None = None,
+    first: int = 0,
 ) -> Launch:
     count, image_height, image_width = image_size(images)
     rows, columns = grid
@@ -378,6 +393,7 @@ def _plan(
         "stride_donors_n": 0 if donors is None else donors.stride(0),
         "stride_donors_patch": 0 if donors is None or donors.ndim == 1 else donors.stride(1),
         "count": count,
+        "first": first,
         "threshold": 0.0 if threshold is None else float(threshold),
         "top_k": 0 if top_k is None else top_k,
         "context": int(context),
@@ -409,7 +425,7 @@ def _plan(
     options: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
     if group == 16 and out.dtype == torch.float32:
         options["maxnreg"] = 72  # 16 float32 values per thread: left to itself, ptxas aims at 48 registers and spills
-    return Launch(_masked_fill_fwd_kernel, (count * rows * triton.cdiv(height, block_y),), arguments, options)
+    return Launch(_masked_fill_fwd_kernel, (len(out) * rows * triton.cdiv(height, block_y),), arguments, options)
 
 
 def _pixels_per_group(images: Tensor, width: int, *, per_pixel: bool) -> int:
@@ -448,10 +464,16 @@ def launch_normalise(images: Tensor, dtype: torch.dtype, layout: str, patch_size
 
 
 def launch_masked_fill(
-    images: Tensor, mask: Tensor, donors: Tensor | None, dtype: torch.dtype, layout: str, constant: Sequence[float] | None
+    images: Tensor,
+    mask: Tensor,
+    donors: Tensor | None,
+    dtype: torch.dtype,
+    layout: str,
+    constant: Sequence[float] | None,
+    first: int,
 ) -> Tensor:
-    out = _empty(images, dtype, layout, _patch_size(images, mask))
-    run(plan_masked_fill(out, images, mask, donors, layout=layout, constant=constant))
+    out = _empty_for(mask, images, dtype, layout)
+    run(plan_masked_fill(out, images, mask, donors, layout=layout, constant=constant, first=first))
     return out
 
 
@@ -466,8 +488,9 @@ def launch_counterfactual_batch(
     dtype: torch.dtype,
     layout: str,
     constant: Sequence[float] | None,
+    first: int,
 ) -> Tensor:
-    out = _empty(images, dtype, layout, _patch_size(images, relevance))
+    out = _empty_for(relevance, images, dtype, layout)
     launches = plan_counterfactual_batch(
         out,
         images,
@@ -479,23 +502,26 @@ def launch_counterfactual_batch(
         upsample=upsample,
         layout=layout,
         constant=constant,
+        first=first,
     )
     run(launches)
     return out
 
 
-def _empty(images: Tensor, dtype: torch.dtype, layout: str, patch_size: int | None) -> Tensor:
-    count, height, width = image_size(images)
+def _empty_for(selector: Tensor, images: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
+    """A result for each row of a mask or relevance map."""
+    side = image_size(images)[2]
+    return _empty(images, dtype, layout, side // grid_of(selector.shape[1], side), count=selector.shape[0])
+
+
+def _empty(images: Tensor, dtype: torch.dtype, layout: str, patch_size: int | None, *, count: int | None = None) -> Tensor:
+    every, height, width = image_size(images)
+    count = every if count is None else count
     if layout == "patches":
         assert patch_size is not None
         patches = (height // patch_size) * (width // patch_size)
         return torch.empty((count, patches, 3 * patch_size**2), dtype=dtype, device=images.device)
     return torch.empty((count, 3, height, width), dtype=dtype, device=images.device)
-
-
-def _patch_size(images: Tensor, selector: Tensor) -> int:
-    side = image_size(images)[2]
-    return side // grid_of(selector.shape[1], side)
 
 
 @torch.library.custom_op(
@@ -517,28 +543,41 @@ def _(images: Tensor, dtype: torch.dtype, layout: str, patch_size: int | None) -
 @torch.library.custom_op(
     "cammask::masked_fill",
     mutates_args=(),
-    schema="(Tensor images, Tensor mask, Tensor? donors, ScalarType dtype, str layout, float[]? constant) -> Tensor",
+    schema="(Tensor images, Tensor mask, Tensor? donors, ScalarType dtype, str layout, float[]? constant, "
+    "int first=0) -> Tensor",
 )
 def _masked_fill(
-    images: Tensor, mask: Tensor, donors: Tensor | None, dtype: torch.dtype, layout: str, constant: Sequence[float] | None
+    images: Tensor,
+    mask: Tensor,
+    donors: Tensor | None,
+    dtype: torch.dtype,
+    layout: str,
+    constant: Sequence[float] | None,
+    first: int = 0,
 ) -> Tensor:
     if uses_triton("masked_fill", images.device, pixels_obstacle(images, dtype, mask)):
-        return launch_masked_fill(images, mask, donors, dtype, layout, constant)
-    return normalised_fill(images, mask, donors, dtype=dtype, layout=layout, constant=constant)
+        return launch_masked_fill(images, mask, donors, dtype, layout, constant, first)
+    return normalised_fill(images, mask, donors, dtype=dtype, layout=layout, constant=constant, first=first)
 
 
 @_masked_fill.register_fake
 def _(
-    images: Tensor, mask: Tensor, donors: Tensor | None, dtype: torch.dtype, layout: str, constant: Sequence[float] | None
+    images: Tensor,
+    mask: Tensor,
+    donors: Tensor | None,
+    dtype: torch.dtype,
+    layout: str,
+    constant: Sequence[float] | None,
+    first: int = 0,
 ) -> Tensor:
-    return _empty(images, dtype, layout, _patch_size(images, mask))
+    return _empty_for(mask, images, dtype, layout)
 
 
 @torch.library.custom_op(
     "cammask::counterfactual_batch",
     mutates_args=(),
     schema="(Tensor images, Tensor relevance, Tensor? donors, float? threshold, int? top_k, bool context, str upsample, "
-    "ScalarType dtype, str layout, float[]? constant) -> Tensor",
+    "ScalarType dtype, str layout, float[]? constant, int first=0) -> Tensor",
 )
 def _counterfactual_batch(
     images: Tensor,
@@ -551,10 +590,11 @@ def _counterfactual_batch(
     dtype: torch.dtype,
     layout: str,
     constant: Sequence[float] | None,
+    first: int = 0,
 ) -> Tensor:
     if uses_triton("counterfactual_batch", images.device, pixels_obstacle(images, dtype, relevance)):
         return launch_counterfactual_batch(
-            images, relevance, donors, threshold, top_k, context, upsample, dtype, layout, constant
+            images, relevance, donors, threshold, top_k, context, upsample, dtype, layout, constant, first
         )
     return reference_counterfactual_batch(
         images,
@@ -567,6 +607,7 @@ def _counterfactual_batch(
         dtype=dtype,
         layout=layout,
         constant=constant,
+        first=first,
     )
 
 
@@ -582,8 +623,9 @@ def _(
     dtype: torch.dtype,
     layout: str,
     constant: Sequence[float] | None,
+    first: int = 0,
 ) -> Tensor:
-    return _empty(images, dtype, layout, _patch_size(images, relevance))
+    return _empty_for(relevance, images, dtype, layout)
 
 
 @register_flop_formula([torch.ops.cammask.normalise, torch.ops.cammask.masked_fill, torch.ops.cammask.counterfactual_batch])
@@ -622,22 +664,25 @@ def masked_fill(
     dtype: torch.dtype = torch.float32,
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
+    first: int | None = None,
 ) -> Tensor:
     """Fill masked patches and normalise, one pass over the pixels.
 
-    images: uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1], H = W. mask: bool (N, P), row-major patches, True = filled.
-    donors: int64 (N,), one donor image per image (single-fill), (N, P), one per patch (multi-fill), each in 0..N-1, or None:
-    masked patches get the RGB colour `constant` in [0, 1] (None: CLIP's mean, 0 after normalisation). dtype, layout and result:
-    as `normalise`. A donor outside the batch: ValueError on a CPU, NaN pixels from the kernel (no synchronisation).
-    Raises ValueError, naming the argument, on wrong shapes, dtypes and devices. Source: paper section 3.3.
+    images: uint8 (M, H, W, 3) or float (M, 3, H, W) in [0, 1], H = W. mask: bool (N, P), row-major patches, True = filled.
+    first: with it, row n of mask, donors and result belongs to images[first + n] and all M images can donate (N <= M - first);
+    without it, N = M. donors: int64 (N,), one donor image per image (single-fill), (N, P), one per patch (multi-fill), each in
+    0..M-1, or None: masked patches get the RGB colour `constant` in [0, 1] (None: CLIP's mean, 0 after normalisation). dtype,
+    layout and result: as `normalise`. A donor outside the batch: ValueError on a CPU, NaN pixels from the kernel (no
+    synchronisation). Raises ValueError, naming the argument, on wrong shapes, dtypes and devices. Source: paper section 3.3.
     """
     _check_output(dtype, layout)
-    count, side = _check_square(images)
+    images_given, side = _check_square(images)
+    count = _check_first(first, mask, images_given)
     if mask.ndim != 2 or mask.dtype != torch.bool or mask.shape[0] != count:
         raise ValueError(f"mask: expected bool ({count}, P), got {mask.dtype} {tuple(mask.shape)}")
     _check_grid("mask", mask, images, side)
-    _check_fill(donors, constant, images, mask.shape[1])
-    return torch.ops.cammask.masked_fill(images, mask, donors, dtype, layout, constant)
+    _check_fill(donors, constant, images, mask)
+    return torch.ops.cammask.masked_fill(images, mask, donors, dtype, layout, constant, first or 0)
 
 
 def counterfactual_batch(
@@ -652,18 +697,21 @@ def counterfactual_batch(
     dtype: torch.dtype = torch.float32,
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
+    first: int | None = None,
 ) -> Tensor:
     """Select patches by their relevance, fill them, normalise pixels: the student's counterfactual input in one launch.
 
-    images, donors, constant, dtype, layout and result: as `masked_fill`. relevance: float32 (N, P), the raw map (float64:
-    reference only). With c = relevance / (max over patches + 1e-8), the object mask is c > threshold (strict) or the top_k
-    patches with the highest c (ties to the lower index); context=True masks everything else. Exactly one of threshold in [0, 1]
-    and top_k in 1..P. upsample: `nearest`, or `bilinear` (threshold only): c is interpolated to pixels (align_corners=False,
-    edges clamped) before the comparison. In a map with a NaN every c is NaN: no patch is above a threshold, all tie in top_k.
-    Raises ValueError, naming the argument, on wrong shapes, dtypes, devices and option values. Source: paper section 3.3.
+    images, donors, constant, first, dtype, layout and result: as `masked_fill`. relevance: float32 (N, P), the raw map
+    (float64: reference only). With c = relevance / (max over patches + 1e-8), the object mask is c > threshold (strict) or the
+    top_k patches with the highest c (ties to the lower index); context=True masks everything else. Exactly one of threshold in
+    [0, 1] and top_k in 1..P. upsample: `nearest`, or `bilinear` (threshold only): c is interpolated to pixels
+    (align_corners=False, edges clamped) before the comparison. In a map with a NaN every c is NaN: no patch is above a
+    threshold, all tie in top_k. Raises ValueError, naming the argument, on wrong shapes, dtypes, devices and option values.
+    Source: paper section 3.3.
     """
     _check_output(dtype, layout)
-    count, side = _check_square(images)
+    images_given, side = _check_square(images)
+    count = _check_first(first, relevance, images_given)
     if relevance.ndim != 2 or relevance.dtype not in (torch.float32, torch.float64) or relevance.shape[0] != count:
         raise ValueError(f"relevance: expected float32 ({count}, P), got {relevance.dtype} {tuple(relevance.shape)}")
     _check_grid("relevance", relevance, images, side)
@@ -678,9 +726,9 @@ def counterfactual_batch(
         raise ValueError(f"upsample: expected nearest or bilinear, got {upsample!r}")
     if upsample == "bilinear" and top_k is not None:
         raise ValueError("upsample: bilinear up-sampling takes a threshold, not top_k")
-    _check_fill(donors, constant, images, patches)
+    _check_fill(donors, constant, images, relevance)
     return torch.ops.cammask.counterfactual_batch(
-        images, relevance, donors, threshold, top_k, context, upsample, dtype, layout, constant
+        images, relevance, donors, threshold, top_k, context, upsample, dtype, layout, constant, first or 0
     )
 
 
@@ -698,6 +746,17 @@ def _check_square(images: Tensor) -> tuple[int, int]:
     return count, width
 
 
+def _check_first(first: int | None, selector: Tensor, count: int) -> int:
+    """The rows that masks and donors must have."""
+    if first is None:
+        return count
+    if not 0 <= first <= count - selector.shape[0]:
+        raise ValueError(
+            f"first: expected 0..{count - selector.shape[0]} for {selector.shape[0]} of {count} images, got {first}"
+        )
+    return selector.shape[0]
+
+
 def _check_grid(name: str, selector: Tensor, images: Tensor, side: int) -> None:
     if selector.device != images.device:
         raise ValueError(f"{name}: expected the device of images, {images.device}, got {selector.device}")
@@ -707,8 +766,8 @@ def _check_grid(name: str, selector: Tensor, images: Tensor, side: int) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _check_fill(donors: Tensor | None, constant: Sequence[float] | None, images: Tensor, patches: int) -> None:
-    count = images.shape[0]
+def _check_fill(donors: Tensor | None, constant: Sequence[float] | None, images: Tensor, selector: Tensor) -> None:
+    count, patches = selector.shape[0], selector.shape[1]
     if donors is None:
         if constant is not None and (len(constant) != 3 or not all(0.0 <= value <= 1.0 for value in constant)):
             raise ValueError(f"constant: expected an RGB colour in [0, 1], got {constant}")

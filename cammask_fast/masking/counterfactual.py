@@ -50,12 +50,14 @@ def masked_input(
         if selected.kept_tokens is not None:
             return MaskedInput(None, selected.kept_tokens)
         return MaskedInput(None, *_kept_first(selected.mask))
+    pool = images if draws.pool is None else draws.pool
     if strategy.selection == "random":
-        return MaskedInput(masked_fill(images, _random_mask(strategy, draws), draws.donors, dtype=dtype, layout=layout))
+        mask = _random_mask(strategy, draws)
+        return MaskedInput(masked_fill(pool, mask, draws.donors, dtype=dtype, layout=layout, first=draws.first))
     assert relevance_NP is not None
     return MaskedInput(
         counterfactual_batch(
-            images,
+            pool,
             relevance_NP,
             draws.donors,
             threshold=strategy.threshold,
@@ -64,6 +66,7 @@ def masked_input(
             upsample=strategy.upsample,
             dtype=dtype,
             layout=layout,
+            first=draws.first,
         )
     )
 
@@ -97,7 +100,8 @@ def counterfactual(
     if strategy.fill == "none":
         return Counterfactual(images, mask)
     assert draws.donors is not None
-    return Counterfactual(fill_pixels(images, mask, draws.donors), mask)
+    pool = images if draws.pool is None else draws.pool
+    return Counterfactual(fill_pixels(pool, mask, draws.donors, first=draws.first), mask)
 
 
 def _kept_first(mask_NP: Tensor) -> tuple[Tensor, Tensor]:

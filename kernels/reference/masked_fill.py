@@ -60,37 +60,39 @@ def upsample_bilinear(relevance_NP: Tensor, *, grid: int, patch_size: int) -> Te
     return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
 
 
-def fill_pixels(images: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
+def fill_pixels(images: Tensor, mask: Tensor, donors: Tensor, *, first: int | None = None) -> Tensor:
     """Fill masked pixels from other images of the batch.
 
-    images: uint8 (N, H, W, 3) or float (N, 3, H, W). mask: bool (N, P), row-major patches, or (N, H, W), pixels; True = filled.
-    donors: int64 (N,), one donor image per image (single-fill), or (N, P), one per patch (multi-fill), each in 0..N-1.
+    images: uint8 (M, H, W, 3) or float (M, 3, H, W). mask: bool (N, P), row-major patches, or (N, H, W), pixels; True = filled.
+    donors: int64 (N,), one donor image per image (single-fill), or (N, P), one per patch (multi-fill), each in 0..M-1.
+    With `first`, row n of mask, donors and result belongs to images[first + n] and the other images only donate; else N = M.
     Returns images' dtype and shape: at every pixel the image itself or its donor. Raises ValueError on wrong shapes, and on a
     CPU for a donor outside the batch. METHOD: paper section 3.3 (single-fill, multi-fill).
     """
     channels_last = images.dtype == torch.uint8
-    count, height, side = image_size(images)
+    every, height, side = image_size(images)
+    count = len(mask)
     if height != side:
         raise ValueError(f"images: expected square images, got {height} x {side} pixels")
-    if mask.dtype != torch.bool or len(mask) != count:
-        raise ValueError(f"mask: expected bool with {count} rows, got {mask.dtype} {tuple(mask.shape)}")
+    if mask.dtype != torch.bool or not (count == every if first is None else 0 <= first <= every - count):
+        raise ValueError(f"mask: expected bool with {every - (first or 0)} rows, got {mask.dtype} {tuple(mask.shape)}")
     if donors.dtype != torch.int64 or donors.ndim not in (1, 2) or len(donors) != count:
         raise ValueError(f"donors: expected int64 ({count},) or ({count}, P), got {donors.dtype} {tuple(donors.shape)}")
     if mask.shape not in ((count, side, side), (count, mask.shape[1])):
         raise ValueError(f"mask: expected (N, P) or ({count}, {side}, {side}), got {tuple(mask.shape)}")
-    if donors.device.type == "cpu" and count and not (donors.min() >= 0 and donors.max() < count):
-        raise ValueError(f"donors: expected indices in 0..{count - 1}, got {donors.min()}..{donors.max()}")
+    if donors.device.type == "cpu" and count and not (donors.min() >= 0 and donors.max() < every):
+        raise ValueError(f"donors: expected indices in 0..{every - 1}, got {donors.min()}..{donors.max()}")
     over_patches = mask.ndim == 2
     grid = grid_of(mask.shape[1], side) if over_patches else grid_of(donors.shape[1], side) if donors.ndim == 2 else 1
     size = side // grid
     if donors.ndim == 2 and donors.shape[1] != grid * grid:
         raise ValueError(f"donors: expected int64 ({count}, {grid * grid}) to match the mask, got {tuple(donors.shape)}")
     if channels_last:
-        pixels = images.contiguous().view(count, grid, size, grid, size * 3)
+        pixels = images.contiguous().view(every, grid, size, grid, size * 3)
         if over_patches:
             pixels = pixels.view(_widest_words(size * 3))  # (N, G, p, G, words): a row of a patch at a time
     else:
-        pixels = images.reshape(count, 3, grid, size, grid, size)
+        pixels = images.reshape(every, 3, grid, size, grid, size)
     if donors.ndim == 1:
         filling = pixels[donors]
     else:
@@ -100,14 +102,15 @@ def fill_pixels(images: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
             filling = pixels[donors, rows, :, columns].permute(0, 1, 3, 2, 4)
         else:  # (N, G, G, 3, p, p)
             filling = pixels[donors, :, rows, :, columns].permute(0, 3, 1, 4, 2, 5)
+    pixels = pixels[first or 0 :][:count]
+    shape = (count, *images.shape[1:])
     if not over_patches:
-        shape = images.shape
         return torch.where(mask.unsqueeze(3 if channels_last else 1), filling.reshape(shape), pixels.view(shape))
     if channels_last:
         filled = torch.where(mask.reshape(count, grid, 1, grid, 1), filling, pixels).view(torch.uint8)
     else:
         filled = torch.where(mask.reshape(count, 1, grid, 1, grid, 1), filling, pixels)
-    return filled.contiguous().view(images.shape)
+    return filled.contiguous().view(shape)
 
 
 masked_fill = fill_pixels
@@ -122,24 +125,25 @@ def normalised_fill(
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
     patch_size: int | None = None,
+    first: int | None = None,
 ) -> Tensor:
     """The filled batch, normalised: normalise(fill_pixels(...)), or for donors=None the colour `constant` at masked pixels.
 
-    images, mask, donors: as `fill_pixels`. constant: RGB in [0, 1], None for CLIP's mean. patch_size: of layout="patches" where
-    the mask is over pixels. Returns `dtype` (N, 3, H, W) or (N, P, 3 * p * p), as `normalise`.
+    images, mask, donors, first: as `fill_pixels`. constant: RGB in [0, 1], None for CLIP's mean. patch_size: of
+    layout="patches" where the mask is over pixels. Returns `dtype` (N, 3, H, W) or (N, P, 3 * p * p), as `normalise`.
     """
-    count, _, side = image_size(images)
+    count, side = len(mask), image_size(images)[2]
     if mask.ndim == 2:
         patch_size = side // grid_of(mask.shape[1], side)
     if donors is not None:
-        return normalise(fill_pixels(images, mask, donors), dtype=dtype, layout=layout, patch_size=patch_size)
+        return normalise(fill_pixels(images, mask, donors, first=first), dtype=dtype, layout=layout, patch_size=patch_size)
     assert patch_size is not None
     grid = side // patch_size
     if mask.ndim == 2:
         mask = mask.reshape(count, 1, grid, 1, grid, 1)
     else:
         mask = mask.reshape(count, 1, grid, patch_size, grid, patch_size)
-    pixels = normalise(images, dtype=dtype, layout=layout, patch_size=patch_size)
+    pixels = normalise(images[first or 0 :][:count], dtype=dtype, layout=layout, patch_size=patch_size)
     colour = torch.tensor(normalised_colour(constant), dtype=dtype, device=images.device)
     if layout == "patches":
         mask, colour = mask.permute(0, 2, 4, 1, 3, 5), colour.view(3, 1, 1)
@@ -161,12 +165,13 @@ def counterfactual_batch(
     dtype: torch.dtype = torch.float32,
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
+    first: int | None = None,
 ) -> Tensor:
     """The counterfactual of a batch, from the raw relevance map: select patches, fill them, normalise pixels.
 
-    images: uint8 (N, H, W, 3) or float (N, 3, H, W), H = W. relevance_NP: float (N, P), not normalised. donors: int64 (N,) or
-    (N, P), or None for a constant colour. threshold, top_k, context: as `patch_select`. upsample: `nearest`, or `bilinear`: the
-    normalised map is interpolated to pixels before it is compared with the threshold. Returns `dtype`, shapes as `normalise`.
+    images, donors, first: as `fill_pixels`; donors None for a constant colour. relevance_NP: float (N, P), not normalised.
+    threshold, top_k, context: as `patch_select`. upsample: `nearest`, or `bilinear`: the normalised map is interpolated to
+    pixels before it is compared with the threshold. Returns `dtype`, shapes as `normalise`.
     """
     side = image_size(images)[2]
     grid = grid_of(relevance_NP.shape[1], side)
@@ -178,7 +183,7 @@ def counterfactual_batch(
         mask = (pixels > threshold) ^ context
     else:
         mask = patch_select(relevance_NP, context=context, threshold=threshold, top_k=top_k).mask
-    return normalised_fill(images, mask, donors, dtype=dtype, layout=layout, constant=constant, patch_size=size)
+    return normalised_fill(images, mask, donors, dtype=dtype, layout=layout, constant=constant, patch_size=size, first=first)
 
 
 def image_size(images: Tensor) -> tuple[int, int, int]:

@@ -390,3 +390,52 @@ def test_asking_for_triton_without_a_gpu_says_why(triton_backend: torch.device) 
 def test_bad_arguments_are_named(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("patch", [16, 14, 3])
+@pytest.mark.parametrize("multi", [True, False])
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+def test_some_of_the_images_only_donate(patch: int, multi: bool, upsample: str) -> None:
+    images, relevance, donors = pool_of(patch, multi=multi)
+    assert_rows_of_the_whole(images, relevance, donors, upsample=upsample, threshold=0.4)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("patch", [16, 14, 3])
+@pytest.mark.parametrize("options", [{"threshold": 0.4}, {"threshold": 0.4, "upsample": "bilinear"}, {"top_k": 3}])
+def test_kernel_with_images_that_only_donate(triton_backend: torch.device, patch: int, options: dict[str, Any]) -> None:
+    images, relevance, donors = (tensor.to(triton_backend) for tensor in pool_of(patch, multi=True))
+    assert_rows_of_the_whole(images, relevance, donors, **options)
+
+
+def pool_of(patch: int, *, multi: bool) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (7, 3 * patch, 3 * patch, 3), dtype=torch.uint8, generator=generator)
+    donors = torch.randint(0, 7, (7, 9) if multi else (7,), generator=generator)
+    return images, torch.rand(7, 9, generator=generator), donors
+
+
+def assert_rows_of_the_whole(images: Tensor, relevance: Tensor, donors: Tensor, **options: Any) -> None:
+    """Rows 2..5 of a batch of seven, whose donors are all over it, are what the whole batch has there."""
+    for layout in ("nchw", "patches"):
+        whole = counterfactual_batch(images, relevance, donors, layout=layout, **options)
+        part = counterfactual_batch(images, relevance[2:5], donors[2:5], first=2, layout=layout, **options)
+        torch.testing.assert_close(part, whole[2:5], rtol=0, atol=0)
+        mask = relevance > 0.5
+        whole = masked_fill(images, mask, donors, layout=layout)
+        torch.testing.assert_close(
+            masked_fill(images, mask[2:5], donors[2:5], first=2, layout=layout), whole[2:5], rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("first", [-1, 5])
+def test_a_place_outside_the_images_is_named(first: int) -> None:
+    images, relevance, donors = pool_of(4, multi=False)
+    with pytest.raises(ValueError, match=r"first: expected 0\.\.4 for 3 of 7 images"):
+        counterfactual_batch(images, relevance[:3], donors[:3], threshold=0.5, first=first)
+    with pytest.raises(ValueError, match=r"relevance: expected float32 \(7, P\)"):
+        counterfactual_batch(images, relevance[:3], donors[:3], threshold=0.5)
+    with pytest.raises(ValueError, match=r"donors: expected int64 \(3,\)"):
+        counterfactual_batch(images, relevance[:3], donors, threshold=0.5, first=1)
+    with pytest.raises(ValueError, match=r"0\.\.6"):
+        counterfactual_batch(images, relevance[:3], donors[:3] + 7, threshold=0.0, first=1)
