@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import cammask_fast
 from cammask_fast import __version__
 from cammask_fast.config import COMPILE, METHODS, PRECISIONS, TrainConfig, load_recipe, recipe_names
+from cammask_fast.environment import launched, restarted
+from cammask_fast.interruption import EXIT_CODE, Interrupted, StopSignal
 
 if TYPE_CHECKING:  # torch and what needs it are imported where they are used: `cammask --help` answers at once
     from cammask_fast.data.loading import Loading
@@ -24,7 +28,7 @@ if TYPE_CHECKING:  # torch and what needs it are imported where they are used: `
 
 TRAIN_OPTIONS = (
     "method", "masking", "distill", "cam", "cam_start_layer", "upsample", "w_distill", "epochs", "batch_size",
-    "accumulate", "seed", "alpha", "precision", "compile",
+    "accumulate", "donors", "max_skipped", "seed", "alpha", "precision", "compile",
 )  # fmt: skip
 
 Options = dict[str, Any]
@@ -40,7 +44,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0, or 2 after an error and 130 after Ctrl-C, with one line on stderr."""
+    """Run a command. Returns 0, or with one line on stderr 2 after an error, 130 after Ctrl-C and `interruption.EXIT_CODE`
+    after a training that was stopped and saved."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         if arguments[:1] == ["bench"]:  # has its own parser
@@ -51,12 +56,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except (ValueError, OSError) as error:
         return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
+    except Interrupted as error:
+        return _fail(str(error), EXIT_CODE, kind="")
+    except RuntimeError as error:
+        return _fail(_of_the_world(error), 2)
     return 0
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"cammask: error: {message}", file=sys.stderr)
-    return code
+def _fail(message: str, code: int, *, kind: str = "error: ") -> int:
+    """Say what went wrong, once for all processes; under torchrun end without waiting for those that will never answer."""
+    if not launched():
+        print(f"cammask: {kind}{message}", file=sys.stderr)
+        return code
+    from cammask_fast.distributed import told
+
+    said = told(message)
+    if said is not None:
+        print(f"cammask: {kind}{said}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _of_the_world(error: RuntimeError) -> str:
+    """Words for a collective that failed; any other RuntimeError is ours and goes on."""
+    from cammask_fast.distributed import lost_contact, told
+
+    if lost_contact(error):
+        return "lost contact with another process, which was killed or whose machine is gone; start again with the same command"
+    if launched():
+        told(str(error))  # the other processes need not wait
+    raise error
 
 
 def build_parser() -> Parser:
@@ -81,7 +111,8 @@ def build_parser() -> Parser:
     _model(train)
     _class_text(train)
     _training(train)
-    folder = "folder of best.safetensors, last.safetensors and run.json (default: runs/METHOD-seedSEED)"
+    _surviving(train)
+    folder = "folder of the weights, run.json, log.jsonl and checkpoints (default: runs/METHOD-seedSEED)"
     _shared(train, out=(None, folder), precisions=PRECISIONS)
 
     text = "accuracy of a checkpoint on folders, shards, ImageNet and its shifts, or the benchmark's test sets"
@@ -222,7 +253,25 @@ def _training(parser: Parser) -> None:
     text = "random-crop=0.08 flip color-jitter=0.4 rand-augment=2,9 (default: none, as in the paper)"
     parser.add_argument("--augment", nargs="+", default=[], metavar="NAME", help=text)
     _loading(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
+
+
+def _surviving(parser: Parser) -> None:
+    """How a run is kept, and what it shares with other processes."""
+    parser.add_argument(
+        "--donors", help="batch: fill from the process's own micro-batch (default); global: from all processes'"
+    )
+    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="steps between checkpoints (default: 500)")
+    parser.add_argument(
+        "--keep", type=int, default=2, metavar="N", help="newest checkpoints to keep, beside the best (default: 2)"
+    )
+    parser.add_argument(
+        "--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of log.jsonl (default: 10)"
+    )
+    text = "stop after this many steps in a row whose loss or gradients are not finite (default: 10)"
+    parser.add_argument("--max-skipped", type=int, metavar="STEPS", help=text)
+    text = "without progress for so long, end all processes (default: 600)"
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out, or begun there")
 
 
 def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:
@@ -250,49 +299,110 @@ def run_demo_command(args: Options) -> None:
 
 
 def run_train(args: Options) -> None:
+    from cammask_fast.distributed import world
+    from cammask_fast.run_folder import RunLock, clear
+
     recipe = load_recipe(args["recipe"]) if args["recipe"] else {}
     config = train_config(args, recipe.get("train", {}))
-    arch = args["arch"] or recipe.get("arch", "tiny")
-    pretrained = args["pretrained"] or ("" if args["arch"] else recipe.get("pretrained", ""))
+    positive(args, "save_every", "keep", "log_every", "timeout")
     out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
-    if not args["overwrite"] and any((out / name).exists() for name in ("best.safetensors", "run.json")):
-        raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
+    overwrite = args["overwrite"] and not restarted()  # by torchrun: what is there is ours
+    with ExitStack() as stack:
+        here = stack.enter_context(world(device_of(args), timeout=args["timeout"]))
+        if here.first:
+            if not overwrite and (out / "run.json").exists():
+                raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
+            stack.enter_context(RunLock(out))
+            if overwrite:
+                clear(out)
+        stop = stack.enter_context(StopSignal())
+        train_here(args, recipe, config, out, here, stop)
 
+
+def train_here(args: Options, recipe: Mapping[str, Any], config: TrainConfig, out: Path, here: World, stop: StopSignal) -> None:
+    """A process's part of `train`; the first one prints and writes."""
     from cammask_fast.checkpoint import describe_run
     from cammask_fast.data.decode import Augment
     from cammask_fast.data.sources import Selection, class_list, open_training
+    from cammask_fast.distributed import refuse_differences
     from cammask_fast.evaluate import accuracy
     from cammask_fast.model.pretrained import vit_config
     from cammask_fast.step import build_strategy
 
-    refuse_torchrun("train")
     build_strategy(config)
+    arch = args["arch"] or recipe.get("arch", "tiny")
+    pretrained = args["pretrained"] or ("" if args["arch"] else recipe.get("pretrained", ""))
     device, vit = device_of(args), vit_config(arch)
     trains = config.resolved.trained != "none"
     selection = Selection(
         val_share=args["val_share"], val_images=args["val_images"], shots=args["shots"], classes=class_list(args["classes"])
     )
-    loading = loading_of(args, device, out)
     data = open_training(
-        args["data"], image_size=vit.image_size, batch_size=config.batch_size if trains else 1, seed=config.seed,
-        selection=selection, augment=Augment.parse(args["augment"]), class_names=args["class_names"], loading=loading,
+        args["data"], image_size=vit.image_size, batch_size=share_of_batch(config, here) if trains else 1, seed=config.seed,
+        selection=selection, augment=Augment.parse(args["augment"]), class_names=args["class_names"],
+        loading=loading_of(args, device, out, here),
     )  # fmt: skip
     model = zero_shot_model(arch, pretrained, data.class_names, args["templates"], device)
+    settings = {
+        **flat(config.to_dict()), "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
+        "augment": args["augment"], "loader": type(data.train).__name__, "processes": here.size,
+        "classes": digest(data.class_folders, data.class_names), "train_labels": digest(data.train.labels.tolist()),
+        "templates": digest(args["templates"] and args["templates"].read_text(encoding="utf-8")), "cammask_fast": __version__,
+    }  # fmt: skip
+    refuse_differences(settings)
     started = time.perf_counter()
-    models, waited = train_with_progress(model, data, config) if trains else ({"best": model}, 0.0)
+    models, watched = (
+        train_with_progress(model, data, config, args, out, settings, here, stop) if trains else ({"best": model}, {})
+    )
     seconds = time.perf_counter() - started
     score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
-    run = {
-        **describe_run(config.to_dict(), score, data.class_names),
-        "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device, "class_folders": data.class_folders,
-        "train_images": len(data.train.labels), "seconds": round(seconds, 1), "waited_for_data": round(waited, 4),
-        "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
-    }  # fmt: skip
-    save(out, models, arch, data.class_names, run)
-    (out / "run.json").write_text(json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n", encoding="utf-8")
-    validated = "" if score is None else f"validation accuracy {score:.2f} %, "
-    print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
-    say_unreadable(data.train, data.validation)
+    if here.first:
+        run = {
+            **describe_run(config.to_dict(), score, data.class_names),
+            "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device, "class_folders": data.class_folders,
+            "train_images": len(data.train.labels), "seconds": round(seconds, 1), **watched, "processes": here.size,
+            "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
+        }  # fmt: skip
+        save(out, models, arch, data.class_names, run)
+        write_last(out / "run.json", json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n")
+        validated = "" if score is None else f"validation accuracy {score:.2f} %, "
+        print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
+    say_unreadable(here, data.train, data.validation)
+
+
+def write_last(path: Path, text: str) -> None:
+    """A file whose presence says that everything before it was written."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def positive(args: Options, *names: str) -> None:
+    for name in names:
+        if not args[name] > 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive value, got {args[name]}")
+
+
+def share_of_batch(config: TrainConfig, here: World) -> int:
+    """Images per step and process. Raises ValueError when the batch cannot be shared out."""
+    if config.batch_size % (here.size * config.accumulate):
+        raise ValueError(
+            f"--batch-size: {config.batch_size} images cannot be shared by {here.size} processes with --accumulate "
+            f"{config.accumulate}: choose a multiple of {here.size * config.accumulate}"
+        )
+    return config.batch_size // here.size
+
+
+def flat(settings: Mapping[str, Any]) -> Options:
+    """Settings without tables, under the names of the options."""
+    return {**{name: value for name, value in settings.items() if name != "optim"}, **settings["optim"]}
+
+
+def digest(*items: Any) -> str:
+    """Tells data of one run from those of another, in a few characters."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:12]
 
 
 def loading_of(args: Options, device: str, folder: Path | None, world: World | None = None) -> Loading:
@@ -311,30 +421,77 @@ def loading_of(args: Options, device: str, folder: Path | None, world: World | N
     )  # fmt: skip
 
 
-def refuse_torchrun(command: str) -> None:
-    from cammask_fast.distributed import launched
-
-    if launched():
-        raise ValueError(f"{command} runs in one process for now; start it without torchrun")
-
-
-def say_unreadable(*loaders: Any) -> None:
-    """A line on stderr for every loader that left images out."""
+def say_unreadable(here: World, *loaders: Any) -> None:
+    """A line on stderr for every loader that left images out, in any process."""
     for loader in loaders:
         bad = getattr(loader, "bad", None)
-        if bad:
+        if bad is None:
+            continue
+        bad.gather()
+        if bad and here.first:
             print(f"cammask: {bad.summary()}", file=sys.stderr)
 
 
-def train_with_progress(model: Classifier, data: TrainingData, config: TrainConfig) -> tuple[dict[str, Classifier], float]:
-    """The trained models by name, and the share of the time that the step waited for data."""
-    from cammask_fast.metrics import TrainingProgress
-    from cammask_fast.train import fine_tune
+def warn(message: str) -> None:
+    print(f"cammask: warning: {message}", file=sys.stderr)
 
-    with TrainingProgress(config.epochs * len(data.train) * config.batch_size) as progress:
-        log_every = min(10, len(data.train))
-        models = fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every)._asdict()
-        return models, progress.waited
+
+def train_with_progress(
+    model: Classifier, data: TrainingData, config: TrainConfig, args: Options, out: Path, settings: Options, here: World,
+    stop: StopSignal,
+) -> tuple[dict[str, Classifier], Options]:  # fmt: skip
+    """The trained models by name, and what was seen of the run: skipped steps, the share of the time spent waiting for data,
+    how many checkpoints were written and for how many seconds the slowest held up the training."""
+    import torch
+
+    from cammask_fast.checkpoint import Checkpoints
+    from cammask_fast.metrics import TrainingProgress
+    from cammask_fast.run_folder import CHECKPOINTS, RunLog
+    from cammask_fast.train import Run, fine_tune
+
+    steps = config.epochs * len(data.train)
+    log_every = min(args["log_every"], len(data.train))
+    with TrainingProgress(steps * config.batch_size, silent=not here.first) as progress:
+        log = RunLog(out, warn=warn)
+
+        def resumed(step: int, place: Path | None) -> None:
+            log.cut(step)
+            progress.begin(step * config.batch_size)
+            if place is not None:
+                print(f"cammask: going on from step {step} of {steps}, {place}", file=sys.stderr)
+
+        run = Run(world=here, save_every=args["save_every"], settings=settings, stop=lambda: stop.requested)
+        run.debug = out / "debug"
+        if here.first:
+            run.checkpoints = Checkpoints(out / CHECKPOINTS, settings, keep=args["keep"], warn=warn)
+            run.log, run.resumed = log.write, resumed
+        started = time.perf_counter()
+        try:
+            tuned = fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every, run=run)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(out_of_memory(config, here, error)) from None
+        seconds = time.perf_counter() - started
+    stalls = [] if run.checkpoints is None else run.checkpoints.stalls
+    watched = {
+        "waited_for_data": round(progress.waited, 4), "skipped_steps": tuned.skipped,
+        "checkpoint_stall": round(max(stalls, default=0.0), 4), "checkpoints_written": len(stalls),
+        "training_seconds": round(seconds, 1),
+    }  # fmt: skip
+    return {"best": tuned.best, "last": tuned.last}, watched
+
+
+def out_of_memory(config: TrainConfig, here: World, error: BaseException) -> str:
+    """What to try, and what keeps the run the same."""
+    own = config.batch_size // here.size
+    first = f"out of memory with {own // config.accumulate} images at a time ({str(error).splitlines()[0]})"
+    more = next((n for n in range(config.accumulate + 1, own + 1) if own % n == 0), None)
+    if more is None:
+        return f"{first}: one image is too many; try a smaller --arch or --precision bf16"
+    smaller = own // more * config.accumulate * here.size
+    return (
+        f"{first}: try --accumulate {more}, which keeps the global batch of {config.batch_size} ({own // more} images at a "
+        f"time), or --batch-size {smaller}"
+    )
 
 
 def zero_shot_model(arch: str, pretrained: str, class_names: Sequence[str], templates: Path | None, device: str) -> Classifier:
@@ -417,7 +574,7 @@ def show_scores(scores: Mapping[str, Score], sets: Mapping[str, EvaluationSet], 
     """Print and write the scores, on the first rank."""
     from cammask_fast.metrics import score_table
 
-    say_unreadable(*(one.loader for one in sets.values()))
+    say_unreadable(here, *(one.loader for one in sets.values()))
     if not here.first:
         return
     rows = [
@@ -466,7 +623,7 @@ def run_wise_ft(args: Options) -> None:
             loading=loading_of(args, device, args["out"], here), allow_incomplete=args["allow_incomplete"],
         )  # fmt: skip
         scores = scores_of(models, sets, args)
-        say_unreadable(*(one.loader for one in sets.values()))
+        say_unreadable(here, *(one.loader for one in sets.values()))
         if not here.first:
             return
     curve, label = [], "average"

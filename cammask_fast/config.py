@@ -88,6 +88,11 @@ class TrainConfig:
     batch_size: int = 512
     accumulate: int = 1
     """Micro-batches per optimiser step; each holds batch_size / accumulate images."""
+    donors: str = "batch"
+    """Where a fill takes patches from: the micro-batch of the own process (`batch`, the paper's), or the `global` batch of all
+    processes, drawn by place in it, so that the same seed gives the same run on any number of processes."""
+    max_skipped: int = 10
+    """Steps in a row with a loss or gradient that is not finite, after which the run stops. Such steps change no weight."""
     seed: int = 0
     precision: str = "auto"
     """Type of the products: `bf16` (float32 master weights, norms, losses, relevance and optimiser), `tf32` (float32 whose
@@ -103,9 +108,10 @@ class TrainConfig:
         _one_of(self, "distill", ("", "fd", "kd"))
         _one_of(self, "cam", ("mm-cam", "grad-cam"))
         _one_of(self, "upsample", ("nearest", "bilinear"))
+        _one_of(self, "donors", ("batch", "global"))
         _one_of(self, "precision", PRECISIONS)
         _one_of(self, "compile", COMPILE)
-        _positive(self, "epochs", "batch_size", "accumulate", "kd_temperature")
+        _positive(self, "epochs", "batch_size", "accumulate", "kd_temperature", "max_skipped")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: {self.accumulate} does not divide the batch size {self.batch_size}")
         if not 0 <= self.alpha <= 1:

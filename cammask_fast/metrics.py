@@ -46,9 +46,15 @@ class TrainingProgress:
     for data).
     """
 
-    def __init__(self, total: int):
-        self.total, self.started, self.next_line, self.waited = total, time.perf_counter(), 0.1, 0.0
-        self.bar = tqdm(total=total, unit="img", unit_scale=True, disable=not sys.stderr.isatty(), leave=False)
+    def __init__(self, total: int, *, silent: bool = False):
+        self.total, self.silent, self.started, self.next_line, self.waited = total, silent, time.perf_counter(), 0.1, 0.0
+        self.before = 0
+        quiet = silent or not sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit="img", unit_scale=True, disable=quiet, leave=False)
+
+    def begin(self, done: int) -> None:
+        """Of a run that goes on: the images of its first part do not count for its speed."""
+        self.before, self.started, self.next_line = done, time.perf_counter(), int(10 * done / self.total + 1) / 10
 
     def __enter__(self) -> TrainingProgress:
         return self
@@ -62,8 +68,8 @@ class TrainingProgress:
             self.bar.set_description(phase, refresh=False)
             self.bar.set_postfix_str(f"loss {loss:.3f}, {waited:.0%} waiting for data", refresh=False)
             self.bar.update(done - self.bar.n)
-        elif done >= self.next_line * total:
-            rate = done / (time.perf_counter() - self.started)
+        elif not self.silent and done >= self.next_line * total:
+            rate = (done - self.before) / (time.perf_counter() - self.started)
             left = (total - done) / rate
             text = f"{phase} {done}/{total} images  {rate:.0f} img/s  {left:.0f} s left  loss {loss:.3f}"
             print(f"{text}  {waited:.0%} waiting for data", file=sys.stderr, flush=True)

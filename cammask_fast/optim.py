@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -62,26 +63,51 @@ class FlatAdamW:
         self.flat = torch.cat([p.detach().flatten() for p in parameters.values()])
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.step = torch.zeros(1, dtype=torch.int64, device=self.flat.device)
+        """Updates made, for the bias corrections."""
+        self.position = torch.zeros_like(self.step)
+        """Place in the schedule."""
         self.schedule = schedule_table(config, total_steps=total_steps).to(self.flat.device)
         for parameter, view in zip(parameters.values(), self.weights().values(), strict=True):
             parameter.data = view
 
     def weights(self) -> dict[str, Tensor]:
         """The trained parameters by name, as views of `flat`."""
-        parts = self.flat.split([shape.numel() for shape in self.shapes])
+        return self.parts(self.flat)
+
+    def parts(self, flat: Tensor) -> dict[str, Tensor]:
+        """What lies in a tensor like `flat`, by the name of the parameter, as views."""
+        parts = flat.split([shape.numel() for shape in self.shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
-    def update(self, gradient: Tensor) -> None:
-        """Clip the flat gradient to `clip_norm` and make one step, in place."""
+    def update(self, gradient: Tensor, loss: Tensor) -> Tensor:
+        """Clip the flat gradient to `clip_norm` and make one step, in place. Returns a bool tensor: whether gradient and loss
+        are finite; where they are not, the schedule moves on and nothing else changes."""
         c, dtype = self.config, self.flat.dtype
-        self.step.add_(1)
-        lr, beta1 = self.schedule.index_select(0, self.step - 1).unbind(1)  # (1,), float64 as the corrections need it
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(dtype, torch.float32))
+        finite = norm.isfinite() & loss.isfinite()
+        self.position.add_(1)
+        self.step.add_(finite)
+        lr, beta1 = self.schedule.index_select(0, self.position - 1).unbind(1)  # (1,), float64 as the corrections need it
         exponent = self.step.to(self.schedule.dtype)
         correction1, correction2 = 1 - beta1**exponent, 1 - c.beta2**exponent
         size, root, decay = lr / correction1, correction2.sqrt(), 1 - lr * c.weight_decay
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(dtype, torch.float32))
         gradient = gradient * (c.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.exp_avg.lerp_(gradient, (1 - beta1).to(dtype))
-        self.exp_avg_sq.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
-        denominator = self.exp_avg_sq.sqrt() / root.to(dtype) + c.eps
-        self.flat.mul_(decay.to(dtype)).sub_(size.to(dtype) * self.exp_avg / denominator)
+        exp_avg = torch.lerp(self.exp_avg, gradient, (1 - beta1).to(dtype))
+        exp_avg_sq = (self.exp_avg_sq * c.beta2).addcmul(gradient, gradient, value=1 - c.beta2)
+        denominator = exp_avg_sq.sqrt() / root.to(dtype) + c.eps
+        flat = self.flat * decay.to(dtype) - size.to(dtype) * exp_avg / denominator
+        for tensor, new in ((self.flat, flat), (self.exp_avg, exp_avg), (self.exp_avg_sq, exp_avg_sq)):
+            tensor.copy_(torch.where(finite, new, tensor))
+        return finite
+
+
+def clipped_step(optimizer: AdamW, parameters: Sequence[nn.Parameter], loss: Tensor, *, clip_norm: float) -> Tensor:
+    """Clip the gradients of `parameters` to a global norm and make one step of torch's fused AdamW, as `FlatAdamW.update` does:
+    returns whether gradients and loss are finite, without a synchronisation; where they are not, nothing changes."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = get_total_norm(gradients)
+    finite = norm.isfinite() & loss.isfinite()
+    clip_grads_with_norm_(parameters, clip_norm, norm)
+    setattr(optimizer, "found_inf", (~finite).float())  # noqa: B010  (torch's fused kernel then leaves everything as it is)
+    optimizer.step()
+    return finite

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vjp
-from torch.nn.utils import clip_grad_norm_
 
+from cammask_fast import distributed
 from cammask_fast.cam import cls_rollout, weighted_activation
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
@@ -26,7 +26,7 @@ from cammask_fast.losses import feature_distillation, logit_distillation
 from cammask_fast.masking import Draws, MaskedInput, Strategy, draw_masking, masked_input, parse_strategy
 from cammask_fast.model.classifier import Classifier, Prediction, compute_weights
 from cammask_fast.model.vit import Taps, ViTConfig
-from cammask_fast.optim import FlatAdamW
+from cammask_fast.optim import FlatAdamW, clipped_step
 from cammask_fast.precision import product_dtype
 from cammask_fast.state import TrainState
 
@@ -46,7 +46,8 @@ class Step(Protocol):
 
 
 class TrainStep(Protocol):
-    """One optimiser step over micro-batches and their draws: gradients, clipping, update, schedule. Returns the mean losses."""
+    """One optimiser step over micro-batches and their draws: gradients, their sum over the processes, clipping, update,
+    schedule, and a line in `TrainState.tally`. Returns the mean losses of this process."""
 
     def __call__(self, parts: Sequence[tuple[Batch, Draws | None]]) -> Losses: ...
 
@@ -101,64 +102,91 @@ def build_train_step(
     teacher: Classifier | None,
     config: TrainConfig,
     *,
+    processes: int = 1,
     backend: Callable[..., Any] | str = "inductor",
 ) -> TrainStep:
     """The whole optimiser step of `state`: eager over torch's AdamW, one graph over `FlatAdamW`.
 
-    config.compile, backend: mode and backend of torch.compile. The compiled step takes the batch, its draws and the optimiser's
-    tensors and changes the latter in place; nothing leaves the device, and only another number of images makes another graph.
-    With several micro-batches their gradients are one graph and the update another. Raises ValueError on settings that cannot
-    work.
+    processes: those that share a batch; their gradients are averaged. config.compile, backend: mode and backend of
+    torch.compile. The compiled step takes the batch, its draws and the optimiser's tensors and changes the latter in place;
+    nothing leaves the device, and only another number of images makes another graph. With several micro-batches their gradients
+    are one graph and the update another. A step whose loss or gradient is not finite changes nothing but the tally and the
+    schedule. Raises ValueError on settings that cannot work.
     """
     optimizer = state.optimizer
     if isinstance(optimizer, FlatAdamW):
-        return _compiled_train_step(state.student, optimizer, teacher, config, backend=backend)
+        return _compiled_train_step(state, optimizer, teacher, config, processes, backend=backend)
     gradients, schedule = build_step(state.student, teacher, config), state.schedule
     assert schedule is not None
     trained = [p for p in state.student.parameters() if p.requires_grad]
 
     def train_step(parts: Sequence[tuple[Batch, Draws | None]]) -> Losses:
         optimizer.zero_grad(set_to_none=True)
-        losses = _mean([gradients(batch, draws, scale=1 / len(parts)) for batch, draws in parts])
-        clip_grad_norm_(trained, config.optim.clip_norm)
-        optimizer.step()
+        losses = _mean([gradients(batch, draws, scale=1 / (len(parts) * processes)) for batch, draws in parts])
+        loss = losses.total
+        if processes > 1:
+            summed, loss = distributed.sum_gradients([_gradient(p) for p in trained], loss / processes)
+            for parameter, gradient in zip(trained, summed, strict=True):
+                parameter.grad = gradient
+        finite = clipped_step(optimizer, trained, loss, clip_norm=config.optim.clip_norm)
         schedule.step()
+        state.note(loss, finite)
         return losses
 
     return train_step
 
 
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
 def _compiled_train_step(
-    student: Classifier,
+    state: TrainState,
     optimizer: FlatAdamW,
     teacher: Classifier | None,
     config: TrainConfig,
+    processes: int,
     *,
     backend: Callable[..., Any] | str,
 ) -> TrainStep:
+    student = state.student
     dtype = product_dtype(config.precision, student.head.weight)
     body, stored = step_body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
     frozen = compute_weights({n: p for n, p in student.named_parameters() if not p.requires_grad}, dtype)
 
-    def gradients(batch: Batch, draws: Draws | None, scale: float) -> tuple[Tensor, Losses]:
+    def gradients(batch: Batch, draws: Draws | None, scale: float) -> tuple[list[Tensor], Losses]:
         found: list[dict[str, Tensor]] = []
         forward = _functional_forward(student, optimizer.weights(), frozen, config, dtype, found)
         losses = body(forward, stored, batch, draws, scale)
-        return torch.cat([sum((g[name] for g in found[1:]), found[0][name]).flatten() for name in optimizer.names]), losses
+        return [sum((g[name] for g in found[1:]), found[0][name]) for name in optimizer.names], losses
+
+    def apply(gradients: Sequence[Tensor], loss: Tensor) -> None:
+        if processes > 1:
+            gradients, loss = distributed.sum_gradients(gradients, loss / processes)
+        state.note(loss, optimizer.update(torch.cat([g.flatten() for g in gradients]), loss))
 
     def whole(batch: Batch, draws: Draws | None) -> Losses:
-        gradient, losses = gradients(batch, draws, 1.0)
-        optimizer.update(gradient)
+        found, losses = gradients(batch, draws, 1 / processes)
+        apply(found, losses.total)
         return losses
+
+    def flat(batch: Batch, draws: Draws | None, scale: float) -> tuple[Tensor, Losses]:
+        found, losses = gradients(batch, draws, scale)
+        return torch.cat([g.flatten() for g in found]), losses
+
+    def update(gradient: Tensor, loss: Tensor) -> None:
+        apply(list(optimizer.parts(gradient).values()), loss)
 
     def graph(function: Callable[..., Any]) -> Callable[..., Any]:
         mode = "default" if config.compile in ("auto", "off") else config.compile
-        kwargs = {"mode": mode} if backend == "inductor" else {}
-        return torch.compile(function, fullgraph=True, backend=backend, **kwargs)  # type: ignore[call-overload]
+        kwargs: dict[str, Any] = {"mode": mode} if backend == "inductor" else {}
+        if processes > 1 and backend == "inductor":  # gradients travel while the backward pass goes on
+            kwargs = {"options": {**torch._inductor.list_mode_options(mode), "reorder_for_compute_comm_overlap": True}}
+        return torch.compile(function, fullgraph=True, backend=backend, **kwargs)
 
-    for tensor in (optimizer.flat, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step):
+    for tensor in (optimizer.flat, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step, optimizer.position, state.tally):
         torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place
-    one_graph, part, update = graph(whole), graph(gradients), graph(optimizer.update)
+    one_graph, part, end = graph(whole), graph(flat), graph(update)
 
     @torch.no_grad()
     def train_step(parts: Sequence[tuple[Batch, Draws | None]]) -> Losses:
@@ -166,11 +194,12 @@ def _compiled_train_step(
             return Losses(*one_graph(*parts[0]))
         total, losses = torch.zeros_like(optimizer.flat), []
         for batch, draws in parts:
-            gradient, loss = part(batch, draws, 1 / len(parts))
+            gradient, loss = part(batch, draws, 1 / (len(parts) * processes))
             total.add_(gradient)
             losses.append(Losses(*(scalar.clone() for scalar in loss)))  # a CUDA graph writes its results to one place
-        update(total)
-        return _mean(losses)
+        mean = _mean(losses)
+        end(total, mean.total)
+        return mean
 
     return train_step
 

@@ -2,36 +2,107 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
+from cammask_fast import distributed
+from cammask_fast.cam import relevance_of
+from cammask_fast.checkpoint import Checkpoints
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch, Loader
+from cammask_fast.distributed import World
 from cammask_fast.evaluate import accuracy
+from cammask_fast.interruption import Interrupted
+from cammask_fast.kernels.masked_fill import normalise
+from cammask_fast.masking import Draws, counterfactual, draw_masking
 from cammask_fast.metrics import DataWait
 from cammask_fast.model.classifier import Classifier, interpolate
 from cammask_fast.precision import product_dtype, resolve, use_matrix_units
-from cammask_fast.state import TrainState
+from cammask_fast.run_folder import refuse_changes
+from cammask_fast.state import Saved, Tally, TrainState
 from cammask_fast.step import build_strategy, build_train_step, draw_for_step
 
 Progress = Callable[[str, int, int, float, float], None]
 """Called as (phase, images done, images in total, mean loss since the last call, share of the time spent waiting for data)."""
 
+Parts = list[tuple[Batch, Draws | None]]
+
 
 class FineTuned(NamedTuple):
     """best: the checkpoint with the best validation accuracy (for WiSE-FT: the last one interpolated with the zero-shot
-    weights). last: the checkpoint after the last step."""
+    weights). last: the checkpoint after the last step. skipped: steps whose loss or gradient was not finite."""
 
     best: Classifier
     last: Classifier
+    skipped: int = 0
 
 
 class NonFiniteLoss(ValueError):  # noqa: N818  (reads as what happened)
-    """The loss became NaN or infinite."""
+    """The loss or the gradients were NaN or infinite in too many steps in a row."""
+
+
+def _go_on() -> bool:
+    return False
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What surrounds a training: the processes that share it, and what lets it survive. Without any of it, it just trains."""
+
+    world: World = field(default_factory=World)
+    checkpoints: Checkpoints | None = None
+    """On rank 0 of a run that is kept."""
+    save_every: int = 0
+    """Steps between two checkpoints beside those at the ends of epochs; 0: no checkpoints."""
+    settings: Mapping[str, Any] | None = None
+    """With which a run must have been begun to go on here."""
+    log: Callable[[Mapping[str, Any]], None] | None = None
+    resumed: Callable[[int, Path | None], None] | None = None
+    """Told the step from which the run goes on, and the checkpoint."""
+    stop: Callable[[], bool] = _go_on
+    """Whether this process has been asked to save and leave."""
+    debug: Path | None = None
+    """Folder for what is known of a run that stopped on non-finite losses."""
+
+    def resume(self, state: TrainState, loader: Loader) -> None:
+        """Put a state, its generator and its loader where the newest checkpoint has them, if there is one."""
+        if not self.save_every:
+            return
+        found = self.checkpoints.newest() if self.checkpoints is not None else None
+        if found is not None:
+            refuse_changes(found.settings, self.settings or {}, found.place.parent.parent)
+        saved = distributed.from_first(None if found is None else found.saved)
+        if saved is not None:
+            state.load_state_dict(saved)
+            generators = saved.tensors["generators"]
+            state.generator.set_state(generators[self.world.rank if len(generators) == self.world.size else 0])
+            loader.load_state_dict(saved.rest["loader"])
+        if self.resumed is not None:
+            self.resumed(state.step, None if found is None else found.place)
+
+    def save(self, state: TrainState, loader: Loader) -> None:
+        """On all processes at the same step; rank 0 writes."""
+        if not self.save_every:
+            return
+        device = state.student.head.weight.device
+        generators = distributed.stacked(state.generator.get_state().to(device)).cpu()
+        if self.checkpoints is not None:
+            tensors, rest = state.state_dict()
+            self.checkpoints.save(Saved({**tensors, "generators": generators}, {**rest, "loader": loader.state_dict()}))
+
+    def finish(self) -> None:
+        """Until the last checkpoint is on the disk."""
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
 
 
 def fine_tune(
@@ -42,53 +113,137 @@ def fine_tune(
     *,
     progress: Progress | None = None,
     log_every: int = 10,
+    run: Run | None = None,
 ) -> FineTuned:
     """Fine-tune a copy of `pretrained`; return the checkpoint with the best validation accuracy and the last one.
 
     `pretrained` is also the teacher. Without a validation loader, and for WiSE-FT, the last checkpoint counts. The loader's
-    batches are optimiser steps; `config.accumulate` cuts them into micro-batches. Raises ValueError on settings that
-    cannot work and NonFiniteLoss with the step number.
+    batches are optimiser steps (its share of them where several processes train); `config.accumulate` cuts them into
+    micro-batches. Raises ValueError on settings that cannot work, NonFiniteLoss, and Interrupted when `run.stop` asked for it.
     """
+    run = Run() if run is None else run
     if config.resolved.trained == "head":
         config = replace(config, optim=replace(config.optim, weight_decay=0.0))
     device, dtype = pretrained.head.weight.device, product_dtype(config.precision, pretrained.head.weight)
-    teacher, strategy = pretrained.frozen_copy(), build_strategy(config)
-    patches, total = teacher.visual.config.patches, config.epochs * len(train) * config.batch_size
+    teacher, rank, steps = pretrained.frozen_copy(), run.world.rank, config.epochs * len(train)
     student = teacher.frozen_copy().train()
     compiled = config.compile != "off" and (config.compile != "auto" or device.type == "cuda")
     use_matrix_units(resolve(config.precision, device))
-    state = TrainState.create(student, config, steps_per_epoch=len(train), compiled=compiled)
-    step = build_train_step(state, teacher, config)
-    running, wait = torch.zeros((), device=device), DataWait(device)
-    for epoch in range(config.epochs):
+    state = TrainState.create(student, config, steps_per_epoch=len(train), compiled=compiled, rank=rank)
+    step = build_train_step(state, teacher, config, processes=run.world.size)
+    run.resume(state, train)
+    wait, vote = DataWait(device), distributed.Vote()
+    for epoch in range(state.epoch, config.epochs):
         train.set_epoch(epoch)
         for batch in wait.over(train):
-            parts = [
-                Batch(*part) for part in zip(*(tensor.chunk(config.accumulate) for tensor in batch.to(device)), strict=True)
-            ]
-            running += step([(part, draw_for_step(strategy, part, patches, state.generator)) for part in parts]).total
+            distributed.alive(f"in step {state.step + 1}")
+            parts = _parts(batch.to(device), config, state, run.world)
+            step(parts)
             state.step += 1
-            if state.step % log_every == 0:
-                _report(progress, state.step, config.batch_size, total, running.item() / log_every, wait.share)
-                running.zero_()
+            if state.step % log_every == 0 or state.step == steps:
+                _looked(state, teacher, config, parts, run, steps, progress, wait.share)
+            stop = vote(run.stop())
+            if stop or (run.save_every and state.step % run.save_every == 0):
+                run.save(state, train)
+            if stop:
+                run.finish()
+                raise Interrupted(f"stopped at step {state.step} of {steps}")
+            distributed.alive(f"loading the images of step {state.step + 1}")
         if validation is not None or epoch + 1 == config.epochs:
             score = math.nan if validation is None else accuracy(student.eval().stored_in(dtype), validation, device=device)
             state.keep_if_best(score, take_last=validation is None or config.resolved.interpolate)
             student.train()
-    if not math.isfinite(running.item()):
-        _report(progress, state.step, config.batch_size, total, running.item(), wait.share)
+        state.epoch = epoch + 1
+        run.save(state, train)
     best = teacher.frozen_copy()
     best.load_state_dict(state.best_weights)
     if config.resolved.interpolate:
         best.load_state_dict(interpolate(teacher.state_dict(), best.state_dict(), config.alpha))
-    return FineTuned(best.requires_grad_(True), student.requires_grad_(True).eval())
+    run.finish()
+    return FineTuned(best.requires_grad_(True), student.requires_grad_(True).eval(), state.look().skipped)
 
 
-def _report(progress: Progress | None, step: int, batch_size: int, total: int, loss: float, waited: float) -> None:
-    if not math.isfinite(loss):
+def _parts(batch: Batch, config: TrainConfig, state: TrainState, world: World) -> Parts:
+    """The micro-batches of a step and their draws."""
+    strategy, patches = build_strategy(config), state.student.visual.config.patches
+    pieces = [Batch(*piece) for piece in zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True)]
+    if strategy is None or config.donors == "batch":
+        return [(piece, draw_for_step(strategy, piece, patches, state.generator)) for piece in pieces]
+    own, size = len(batch.labels), len(pieces[0].labels)
+    drawn = draw_masking(strategy, count=own * world.size, patches=patches, generator=state.generator)
+    pool = batch.images if drawn.donors is None else distributed.stacked(batch.images).flatten(0, 1)
+    return [(piece, drawn.part(world.rank * own + size * i, size, pool)) for i, piece in enumerate(pieces)]
+
+
+def _looked(
+    state: TrainState,
+    teacher: Classifier,
+    config: TrainConfig,
+    parts: Parts,
+    run: Run,
+    steps: int,
+    progress: Progress | None,
+    waited: float,
+) -> None:
+    """Read the tally and report it. Raises NonFiniteLoss after too many steps in a row that were skipped."""
+    tally = state.look()
+    if run.log is not None:
+        lr = state.learning_rate()
+        loss = tally.loss if math.isfinite(tally.loss) else None
+        run.log({"step": state.step, "epoch": state.epoch, "loss": loss, "lr": lr, "skipped": tally.skipped})
+    if tally.bad_in_a_row >= min(config.max_skipped, steps):
+        first = state.step - tally.bad_in_a_row + 1
+        where = _debug_bundle(state, config, parts, run, tally)
         raise NonFiniteLoss(
-            f"the loss is {loss} at step {step} or shortly before: try a lower learning rate (--lr), a longer warm-up or "
-            "--precision fp32, and check the images"
+            f"the loss or the gradients were not finite in {tally.bad_in_a_row} steps in a row, from step {first} on (they "
+            "changed no weight): try a lower learning rate (--lr), a longer warm-up or --precision fp32, and check the "
+            f"images{where}"
         )
     if progress is not None:
-        progress("train", step * batch_size, total, loss, waited)
+        progress("train", state.step * config.batch_size, steps * config.batch_size, tally.loss, waited)
+
+
+def _debug_bundle(state: TrainState, config: TrainConfig, parts: Parts, run: Run, tally: Tally) -> str:
+    """Write what is known of the last step, which changed no weight, so that its masks can be made again: `debug.json` (step,
+    sample ids, whether each one's logits are finite, norms of weights and gradients) and `masks.safetensors`. Returns words for
+    the error message."""
+    if run.debug is None:
+        return ""
+    strategy, vit, student = build_strategy(config), state.student.visual.config, state.student
+    masks, finite = [], []
+    with torch.no_grad():
+        for batch, draws in parts:
+            finite.append(student(normalise(batch.images, dtype=student.head.weight.dtype)).logits.isfinite().all(1))
+            if strategy is not None and draws is not None:
+                with torch.enable_grad():
+                    cam = relevance_of(student, batch.images, batch.labels, config.cam) if strategy.needs_cam else None
+                masks.append(counterfactual(batch.images, cam, strategy, draws, grid=vit.grid).mask)
+    ids = torch.cat([batch.sample_ids for batch, _ in parts]).to(finite[0].device)
+    tensors = {"sample_ids": ids, "finite": torch.cat(finite).to(torch.uint8)}
+    if masks:
+        tensors["masks"] = torch.cat(masks).to(torch.uint8)
+    tensors = {name: distributed.stacked(value).flatten(0, 1).cpu() for name, value in tensors.items()}
+    gradients = {name: None if p.grad is None else _number(p.grad.norm()) for name, p in student.named_parameters()}
+    report = {
+        "step": state.step,
+        "bad_in_a_row": tally.bad_in_a_row,
+        "skipped": tally.skipped,
+        "sample_ids": tensors["sample_ids"].tolist(),
+        "samples_without_finite_logits": tensors["sample_ids"][tensors["finite"] == 0].tolist(),
+        "weight_norms": {name: _number(p.norm()) for name, p in student.named_parameters()},
+        "gradient_norms": gradients,
+    }
+    if run.world.first:
+        try:
+            run.debug.mkdir(parents=True, exist_ok=True)
+            (run.debug / "debug.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            save_file({name: value.contiguous() for name, value in tensors.items()}, run.debug / "masks.safetensors")
+        except OSError as error:
+            print(f"cammask: cannot write {run.debug} ({error.strerror or error})", file=sys.stderr)
+    return f"; the last step is in {run.debug}"
+
+
+def _number(norm: Tensor) -> float | str:
+    """JSON has no NaN."""
+    value = float(norm.detach())
+    return value if math.isfinite(value) else str(value)

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
-    "config", "precision", "metrics", "distributed", "assets", "recipes", "kernels", "data", "model", "cam", "masking",
+    "environment", "config", "precision", "metrics", "distributed", "interruption", "run_folder",
+    "assets", "recipes", "kernels", "data", "model", "cam", "masking",
     "losses", "optim", "state", "step", "checkpoint", "evaluate", "wise_ft", "train",
     "pretrain", "pictures", "photographs", "report", "demo", "cli", "__main__",
 )  # fmt: skip
@@ -64,7 +65,8 @@ def test_kernels_import_only_torch_triton_and_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("needle", "owner"), [("torch.compile(", "step.py"), ("torch.distributed", "distributed.py"), ("os.environ", "")]
+    ("needle", "owner"),
+    [("torch.compile(", "step.py"), ("torch.distributed", "distributed.py"), ("os.environ", "environment.py")],
 )
 def test_special_things_live_in_one_place(needle: str, owner: str) -> None:
     users = {p.name for p in python_files("cammask_fast") if needle in p.read_text()}

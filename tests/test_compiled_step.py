@@ -30,7 +30,7 @@ from cammask_fast.masking import Draws
 from cammask_fast.model.classifier import Classifier, keeps_precision
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.model.zero_shot import tiny_classifier
-from cammask_fast.optim import FlatAdamW
+from cammask_fast.optim import FlatAdamW, clipped_step
 from cammask_fast.state import TrainState
 from cammask_fast.step import Losses, build_step, build_strategy, build_train_step, draw_for_step
 from tests.test_step import CONFIGS, TINY, batch, classifier, pair
@@ -212,7 +212,8 @@ def test_work_and_memory_of_the_graph_at_vit_b16(method: str, most: float) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("scale", [1e-3, 1e3], ids=["not clipped", "clipped"])
-def test_flat_adamw_is_torchs_adamw(dtype: torch.dtype, scale: float) -> None:
+@pytest.mark.parametrize(("bad", "infinite"), [((), ()), ((0, 7), (1, 8))], ids=["finite", "skips"])
+def test_flat_adamw_is_torchs_adamw(dtype: torch.dtype, scale: float, bad: tuple[int, ...], infinite: tuple[int, ...]) -> None:
     def state(*, compiled: bool) -> TrainState:
         config = TrainConfig(method="ft", epochs=1, optim=OptimConfig(lr=0.01, pct_start=0.3))
         return TrainState.create(classifier(dtype=dtype), config, steps_per_epoch=20, compiled=compiled)
@@ -225,9 +226,11 @@ def test_flat_adamw_is_torchs_adamw(dtype: torch.dtype, scale: float) -> None:
     for step in range(20):
         for parameter in torchs.student.parameters():
             parameter.grad = scale * torch.randn(parameter.shape, generator=generator, dtype=dtype)
-        flat.optimizer.update(torch.cat([p.grad.flatten() for p in torchs.student.parameters() if p.grad is not None]))
-        torch.nn.utils.clip_grad_norm_(torchs.student.parameters(), 1.0)
-        torchs.optimizer.step()
+        if step in bad:
+            next(torchs.student.parameters()).grad.fill_(torch.nan)  # type: ignore[union-attr]
+        loss = torch.tensor(torch.inf if step in infinite else 1.0)
+        flat.optimizer.update(torch.cat([p.grad.flatten() for p in torchs.student.parameters() if p.grad is not None]), loss)
+        clipped_step(torchs.optimizer, list(torchs.student.parameters()), loss, clip_norm=1.0)
         if step < 19:
             torchs.schedule.step()
     worst, error = furthest(flat.student, torchs.student)

@@ -221,13 +221,13 @@ def test_accumulation_in_the_loop_gives_the_run_of_whole_batches() -> None:
     assert torch.allclose(whole, parts, rtol=0, atol=1e-11)  # Adam hides a wrong scale down to its eps
 
 
-@pytest.mark.parametrize(("log_every", "step"), [(1, 1), (2, 2), (100, 6)])
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(log_every: int, step: int) -> None:
+@pytest.mark.parametrize(("log_every", "most", "steps"), [(1, 1, 1), (1, 3, 3), (2, 3, 4), (100, 10, 6)])
+def test_losses_that_are_not_finite_stop_the_run(log_every: int, most: int, steps: int) -> None:
     broken = classifier(dtype=torch.float32)
     with torch.no_grad():
         broken.head.bias[0] = torch.nan
-    with pytest.raises(NonFiniteLoss, match=f"the loss is nan at step {step} "):
-        fine_tune(broken, dataset(), None, SHORT, log_every=log_every)
+    with pytest.raises(NonFiniteLoss, match=f"not finite in {steps} steps in a row, from step 1 on"):
+        fine_tune(broken, dataset(), None, replace(SHORT, max_skipped=most), log_every=log_every)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -241,8 +241,9 @@ def test_a_relevance_that_is_not_finite_reaches_the_loss(monkeypatch: pytest.Mon
     losses = build_step(*pair(), config)(data, draws_for(config, data))
     assert losses.task.isfinite()
     assert losses.total.isnan()
-    with pytest.raises(NonFiniteLoss, match="at step 1 "):
-        fine_tune(classifier(dtype=torch.float32), dataset(), None, replace(SHORT, masking=masking), log_every=1)
+    config = replace(SHORT, masking=masking, max_skipped=1)
+    with pytest.raises(NonFiniteLoss, match="in 1 steps in a row, from step 1 on"):
+        fine_tune(classifier(dtype=torch.float32), dataset(), None, config, log_every=1)
 
 
 def test_single_precision_follows_double_precision() -> None:

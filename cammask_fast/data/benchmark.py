@@ -21,7 +21,7 @@ OOD_SETS = ("flipped", "unseen", "sketch", "corrupted")
 EVALUATION_BATCH = 100  # activations stay in the caches of a CPU core
 
 
-def training_splits(seed: int, *, batch_size: int) -> tuple[ArrayLoader, ArrayLoader]:
+def training_splits(seed: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[ArrayLoader, ArrayLoader]:
     """Training images of a seed (shuffled) and in-distribution validation images, with disjoint digit scans."""
     train = Split(
         name="train", images=TRAIN_IMAGES, seed=seed, scans="train", placement="grouped",
@@ -31,7 +31,10 @@ def training_splits(seed: int, *, batch_size: int) -> tuple[ArrayLoader, ArrayLo
         name="validation", images=VALIDATION_IMAGES, seed=seed, scans="val", placement="grouped",
         correlation=CORRELATION, outlined=OUTLINED,
     )  # fmt: skip
-    return _loader(train, batch_size=batch_size, shuffle=True), _loader(validation)
+    return (
+        _loader(train, batch_size=batch_size, shuffle=True, rank=rank, world_size=world_size),
+        _loader(validation, rank=rank, world_size=world_size),
+    )
 
 
 def evaluation_specifications(*, scans: str = "test") -> dict[str, Split]:
@@ -58,9 +61,13 @@ def evaluation_splits(*, scans: str = "test") -> dict[str, ArrayLoader]:
     return {name: _loader(split) for name, split in evaluation_specifications(scans=scans).items()}
 
 
-def _loader(split: Split, *, batch_size: int = EVALUATION_BATCH, shuffle: bool = False) -> ArrayLoader:
+def _loader(
+    split: Split, *, batch_size: int = EVALUATION_BATCH, shuffle: bool = False, rank: int = 0, world_size: int = 1
+) -> ArrayLoader:
     images, labels = rendered(split)
-    return ArrayLoader(images, labels, batch_size=batch_size, shuffle=shuffle, seed=split.seed)
+    return ArrayLoader(
+        images, labels, batch_size=batch_size, shuffle=shuffle, seed=split.seed, rank=rank, world_size=world_size
+    )
 
 
 @cache

@@ -47,8 +47,7 @@ class Loading:
     ) -> PlainLoader | DaliLoader:
         """The loader of a source. Raises ValueError on options that cannot work."""
         workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if self.workers is None else self.workers
-        report = self.report if self.rank == 0 else self.report.with_suffix(f".rank{self.rank}{self.report.suffix}")
-        bad = BadSamples(source.where, len(source), max_share=self.max_bad, report=report)
+        bad = BadSamples(source.where, len(source), max_share=self.max_bad, report=self.report, writes=self.rank == 0)
         device = torch.device(self.device)
         if self.uses_dali:
             return DaliLoader(

@@ -5,6 +5,7 @@ It also settles, for both loaders, what becomes of a sample that cannot be read.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -88,6 +89,8 @@ def settled(loader: Sampled, decoded: Decoded) -> Batch | None:
         loader.bad.add(loader.source.name(int(ids[row])), reasons[row])
     if reasons:
         good = torch.tensor([row for row in range(len(ids)) if row not in reasons], dtype=torch.int64)
+        if not len(good) and loader.order.shuffle and loader.order.world_size > 1:  # the others would wait for its gradients
+            raise ValueError(f"{loader.bad.summary()}, among them all of one batch: remove or replace them")
         if not len(good):
             return None
         next_good = torch.searchsorted(good, torch.arange(len(ids))) % len(good)
@@ -147,7 +150,14 @@ def read_ahead(dataset: Dataset[Any], asked: Asked, workers: int, *, pin_memory:
         collate_fn=_as_it_is,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=_deaf,
     )
+
+
+def _deaf(worker: int) -> None:
+    """Signals to a whole group of processes are for the one that trains, which saves first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(item: Any) -> Any:

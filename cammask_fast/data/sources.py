@@ -120,7 +120,7 @@ def open_training(
         _refuse_other_size(image_size)
         if augment != Augment() or selection != Selection():
             raise ValueError(f"{BENCHMARK} is used as it is: no augmentation, few-shot, class or validation options")
-        train, validation = training_splits(seed, batch_size=batch_size)
+        train, validation = training_splits(seed, batch_size=batch_size, rank=loading.rank, world_size=loading.world_size)
         return TrainingData(train, validation, CLASS_NAMES, CLASS_NAMES)
     images, held_out = training_sources(data, selection, seed=seed)
     names = names_of(class_names, images.folders)

@@ -1,0 +1,190 @@
+"""Checkpoints of a run that is under way, written beside the training and believed only when their checksums agree.
+
+A checkpoint is a folder `step-00000500` of `tensors.safetensors` and `state.json`. It is written under another name, forced to
+the disk and renamed, so that under its own name it is complete; `state.json` holds the SHA-256 of the tensors and of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cammask_fast.model.files import read_safetensors
+from cammask_fast.state import Saved
+
+FORMAT = "cammask-run-1"
+TENSORS, STATE = "tensors.safetensors", "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Found(NamedTuple):
+    """A checkpoint that was read. place: its folder. settings: of the run that wrote it."""
+
+    place: Path
+    settings: dict[str, Any]
+    saved: Saved
+
+
+class Checkpoints:
+    """The checkpoints of one run; the newest `keep` and the one with the best validation accuracy stay.
+
+    warn: gets a line when a checkpoint cannot be written or read; a run never ends because of one.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, keep: int = 2, warn: Callable[[str], None]):
+        if keep < 1:
+            raise ValueError(f"--keep: expected 1 or more, got {keep}")
+        self.folder, self.settings, self.keep, self.warn = folder, dict(settings), keep, warn
+        self.stalls: list[float] = []
+        """Seconds for which each save kept the training waiting."""
+        self._writer: threading.Thread | None = None
+
+    def save(self, saved: Saved) -> None:
+        """Copy a state and write it in a thread; waits while the one before is still being written."""
+        started = time.perf_counter()
+        self.wait()
+        copied, ready = _snapshot(saved.tensors)
+        self._writer = threading.Thread(target=self._write, args=(copied, ready, dict(saved.rest)))
+        self._writer.start()
+        self.stalls.append(time.perf_counter() - started)
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def newest(self) -> Found | None:
+        """The newest checkpoint that is whole, or None. Damaged ones are reported and passed over."""
+        for place in reversed(self.places()):
+            try:
+                return read_checkpoint(place)
+            except ValueError as error:
+                self.warn(f"{error}: going back to the checkpoint before it")
+        return None
+
+    def places(self) -> list[Path]:
+        """The folders of complete checkpoints, oldest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else iter(())
+        return sorted((p for p in found if _NAME.fullmatch(p.name)), key=_step_of)
+
+    def _write(self, tensors: dict[str, Tensor], ready: Any, rest: dict[str, Any]) -> None:
+        step = rest["step"]
+        part = self.folder / f"step-{step:08d}.part"
+        try:
+            if ready is not None:
+                tensors = _on_host(tensors, ready)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            write_checkpoint(part, tensors, rest, self.settings)
+            place = part.with_suffix("")
+            if place.exists():  # of an earlier attempt at this run
+                _remove(place)
+            part.rename(place)
+            _sync(self.folder)
+            self._tidy(rest["best_step"])
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            whole = [place.name for place in self.places()]
+            kept = f"the newest on the disk is {whole[-1]}" if whole else "there is none on the disk yet"
+            self.warn(f"cannot write the checkpoint of step {step} to {self.folder} ({reason}); the run goes on, {kept}")
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _tidy(self, best_step: int) -> None:
+        places = self.places()
+        for place in places[: -self.keep]:
+            if _step_of(place) != best_step:
+                _remove(place)
+        for left in self.folder.glob("*.part"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Fill an empty folder. Raises OSError or SafetensorError when it cannot be written."""
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / TENSORS)
+    with (folder / TENSORS).open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    state = {"format": FORMAT, "settings": dict(settings), "state": dict(rest), "tensors": digest}
+    with (folder / STATE).open("w", encoding="utf-8") as text:
+        json.dump({**state, "sha256": _digest(state)}, text, indent=1)
+        text.flush()
+        os.fsync(text.fileno())
+    _sync(folder)
+
+
+def read_checkpoint(folder: Path) -> Found:
+    """Read a checkpoint. Raises ValueError, naming the folder, when anything in it is not what was written."""
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        claimed = state.pop("sha256")
+        if state["format"] != FORMAT or claimed != _digest(state):
+            raise ValueError("state.json was changed")
+        with (folder / TENSORS).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != state["tensors"]:
+                raise ValueError("tensors.safetensors was changed or cut off")
+        tensors, _ = read_safetensors(folder / TENSORS)
+        return Found(folder, state["settings"], Saved(tensors, state["state"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{folder} is damaged ({' '.join(reason.split())})") from None
+
+
+def _snapshot(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+    """Copies on the device, and the event after which they are complete (None on a CPU)."""
+    copied = {name: value.detach().clone() for name, value in tensors.items()}
+    on_gpu = any(value.is_cuda for value in copied.values())
+    return copied, torch.cuda.current_stream().record_event() if on_gpu else None
+
+
+def _on_host(tensors: Mapping[str, Tensor], ready: Any) -> dict[str, Tensor]:
+    """Copy to pinned memory on a stream of its own, beside the training."""
+    device = next(value.device for value in tensors.values() if value.is_cuda)
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):
+        side.wait_event(ready)
+        found = {
+            name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            for name, value in tensors.items()
+        }
+    side.synchronize()
+    return found
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _step_of(place: Path) -> int:
+    match = _NAME.fullmatch(place.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _remove(place: Path) -> None:
+    """Never half there under its own name."""
+    gone = place.with_name(place.name + ".old.part")
+    shutil.rmtree(gone, ignore_errors=True)
+    place.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,20 @@
+"""The one place that reads environment variables: those with which torchrun starts its processes."""
+
+from __future__ import annotations
+
+import os
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after a failure."""
+    return launched() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def local_rank() -> int:
+    """The place of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
