@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -300,22 +300,14 @@ def run_demo_command(args: Options) -> None:
 
 def run_train(args: Options) -> None:
     from cammask_fast.distributed import world
-    from cammask_fast.run_folder import RunLock, clear
 
     recipe = load_recipe(args["recipe"]) if args["recipe"] else {}
     config = train_config(args, recipe.get("train", {}))
     positive(args, "save_every", "keep", "log_every", "timeout")
     out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
-    overwrite = args["overwrite"] and not restarted()  # by torchrun: what is there is ours
-    with ExitStack() as stack:
-        here = stack.enter_context(world(device_of(args), timeout=args["timeout"]))
-        if here.first:
-            if not overwrite and (out / "run.json").exists():
-                raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
-            stack.enter_context(RunLock(out))
-            if overwrite:
-                clear(out)
-        stop = stack.enter_context(StopSignal())
+    if not args["overwrite"] and (out / "run.json").exists():
+        raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
+    with world(device_of(args), timeout=args["timeout"]) as here, StopSignal() as stop:
         train_here(args, recipe, config, out, here, stop)
 
 
@@ -327,6 +319,7 @@ def train_here(args: Options, recipe: Mapping[str, Any], config: TrainConfig, ou
     from cammask_fast.distributed import refuse_differences
     from cammask_fast.evaluate import accuracy
     from cammask_fast.model.pretrained import vit_config
+    from cammask_fast.run_folder import RunLock, clear
     from cammask_fast.step import build_strategy
 
     build_strategy(config)
@@ -351,23 +344,27 @@ def train_here(args: Options, recipe: Mapping[str, Any], config: TrainConfig, ou
     }  # fmt: skip
     refuse_differences(settings)
     started = time.perf_counter()
-    models, watched = (
-        train_with_progress(model, data, config, args, out, settings, here, stop) if trains else ({"best": model}, {})
-    )
-    seconds = time.perf_counter() - started
-    score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
-    if here.first:
-        run = {
-            **describe_run(config.to_dict(), score, data.class_names),
-            "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device, "class_folders": data.class_folders,
-            "train_images": len(data.train.labels), "seconds": round(seconds, 1), **watched, "processes": here.size,
-            "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
-        }  # fmt: skip
-        save(out, models, arch, data.class_names, run)
-        write_last(out / "run.json", json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n")
-        validated = "" if score is None else f"validation accuracy {score:.2f} %, "
-        print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
-    say_unreadable(here, data.train, data.validation)
+    with RunLock(out) if here.first else nullcontext():
+        if here.first and args["overwrite"] and not restarted():  # by torchrun: what is there is ours
+            clear(out)
+        models, watched = (
+            train_with_progress(model, data, config, args, out, settings, here, stop) if trains else ({"best": model}, {})
+        )
+        seconds = time.perf_counter() - started
+        score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
+        if here.first:
+            run = {
+                **describe_run(config.to_dict(), score, data.class_names),
+                "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
+                "class_folders": data.class_folders, "train_images": len(data.train.labels), "seconds": round(seconds, 1),
+                **watched, "processes": here.size,
+                "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
+            }  # fmt: skip
+            save(out, models, arch, data.class_names, run)
+            write_last(out / "run.json", json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n")
+            validated = "" if score is None else f"validation accuracy {score:.2f} %, "
+            print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
+        say_unreadable(here, data.train, data.validation)
 
 
 def write_last(path: Path, text: str) -> None:

@@ -38,16 +38,9 @@ class RunLock:
         self._over = threading.Event()
 
     def __enter__(self) -> RunLock:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+", encoding="utf-8")
-        held = False
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = True
-        except OSError:  # this file system has no locks
-            pass
-        if held or self._owner_lives():
+        while not (free := self._taken()) and free is None:
+            self._file.close()
+        if not free or self._owner_lives():
             owner = self._owner()
             self._file.close()
             raise ValueError(
@@ -64,8 +57,26 @@ class RunLock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()
         with contextlib.suppress(OSError):
-            self._file.truncate(0)  # the file stays: another run may have opened it already
+            self._file.truncate(0)
+            if list(self.path.parent.iterdir()) == [self.path]:  # nothing came of the run
+                self.path.unlink()
+                self.path.parent.rmdir()
         self._file.close()
+
+    def _taken(self) -> bool | None:
+        """Whether the kernel gave us the lock, None where the file was removed meanwhile."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = self.path.stat().st_ino
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:
+            return None
+        except OSError:  # this file system has no locks
+            return True
+        return True if there == os.fstat(self._file.fileno()).st_ino else None
 
     def _owner(self) -> dict[str, Any]:
         try:

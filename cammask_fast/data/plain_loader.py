@@ -22,6 +22,10 @@ UNREADABLE = (OSError, EOFError, ValueError)
 """What reading and decoding a sample raise when it is at fault."""
 
 
+GRACE = 20
+"""Seconds between a SIGTERM and the end of a worker."""
+
+
 class Wanted(NamedTuple):
     """A batch that a loader asks its workers for. plain: ids that DALI has refused, which PIL decodes."""
 
@@ -155,9 +159,9 @@ def read_ahead(dataset: Dataset[Any], asked: Asked, workers: int, *, pin_memory:
 
 
 def _deaf(worker: int) -> None:
-    """Signals to a whole group of processes are for the one that trains, which saves first."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """Signals to a whole group of processes are for the one that trains, which saves first: a worker lives on for a while."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 def _as_it_is(item: Any) -> Any:
