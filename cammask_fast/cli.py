@@ -467,6 +467,8 @@ def train_with_progress(
             tuned = fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every, run=run)
         except torch.OutOfMemoryError as error:
             raise ValueError(out_of_memory(config, here, error)) from None
+        finally:
+            run.finish()
         seconds = time.perf_counter() - started
     stalls = [] if run.checkpoints is None else run.checkpoints.stalls
     watched = {

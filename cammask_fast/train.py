@@ -146,8 +146,7 @@ def fine_tune(
             if stop or (run.save_every and state.step % run.save_every == 0):
                 run.save(state, train)
             if stop:
-                run.finish()
-                raise Interrupted(f"stopped at step {state.step} of {steps}")
+                raise Interrupted(f"stopped at step {state.step} of {steps}, saved; start again with the same command to go on")
             distributed.alive(f"loading the images of step {state.step + 1}")
         if validation is not None or epoch + 1 == config.epochs:
             score = math.nan if validation is None else accuracy(student.eval().stored_in(dtype), validation, device=device)
@@ -159,7 +158,6 @@ def fine_tune(
     best.load_state_dict(state.best_weights)
     if config.resolved.interpolate:
         best.load_state_dict(interpolate(teacher.state_dict(), best.state_dict(), config.alpha))
-    run.finish()
     return FineTuned(best.requires_grad_(True), student.requires_grad_(True).eval(), state.look().skipped)
 
 

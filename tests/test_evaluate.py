@@ -114,12 +114,3 @@ def test_two_processes_give_the_number_of_one(tmp_path: Path, capsys: pytest.Cap
         assert other["calibration_error"] == pytest.approx(row["calibration_error"], abs=1e-3)
         assert row["images"] == 12
     assert len(list((tmp_path / "two").glob("bad_samples*.tsv"))) == 1
-
-
-@pytest.mark.slow
-def test_training_says_that_it_runs_in_one_process(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command = [*torchrun, "-m", "cammask_fast", "train", "--data", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode != 0
-    assert "cammask: error: train runs in one process for now" in done.stderr

@@ -1,0 +1,228 @@
+"""A run that is killed and started again is the run that was never killed, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cammask_fast.checkpoint.training import read_checkpoint
+from cammask_fast.cli import main
+from tests.processes import assert_same_run, kill, last_step, logged, photo_folder, run, start, trainers, wait_for
+
+STEPS = 42
+OPTIONS = (
+    "--epochs", 7, "--batch-size", 8, "--lr", "1e-3", "--workers", 1, "--save-every", 4, "--log-every", 1,
+    "--masking", "ObjMaskMultiFill(0.6)", "--augment", "flip", "--max-bad", "1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photo_folder(tmp_path_factory.mktemp("photos"))
+
+
+def train(photos: Path, out: Path, *options: object) -> list[object]:
+    return ["train", "--data", photos, "--out", out, *OPTIONS, *options]
+
+
+def writing(out: Path) -> bool:
+    folder = out / "checkpoints"
+    return folder.is_dir() and any(place.name.endswith(".part") for place in folder.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_five_times_and_the_same(photos: Path, tmp_path: Path, ranks: int, loader: str) -> None:
+    """kill -9 of a random rank at random steps, and twice while a checkpoint is being written."""
+    whole, out, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log.txt"
+    done = run(train(photos, whole, "--loader", loader), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert last_step(whole) == STEPS
+    generator = random.Random(f"{ranks}{loader}")
+    targets = sorted(generator.sample(range(1, STEPS - 4), 5))
+    kinds = generator.sample(["step"] * 3 + ["write"] * 2, 5)
+    process = None
+    for target, kind in zip(targets, kinds, strict=True):
+        if process is None or process.poll() is not None:
+            process = start(train(photos, out, "--loader", loader), ranks=ranks, restarts=5, log=log)
+        reached = wait_for(lambda: last_step(out) >= target and (kind == "step" or writing(out)), process)  # noqa: B023
+        assert reached, log.read_text(errors="replace")
+        pids = trainers(process, ranks)
+        before = last_step(out)
+        kill(generator.choice(pids), signal.SIGKILL)
+        if ranks == 1:
+            process.wait()
+        else:
+            wait_for(lambda: not set(pids) & set(trainers(process, ranks)), process)  # noqa: B023
+        assert before < STEPS, "killed after the end"
+    if ranks == 1:
+        process = start(train(photos, out, "--loader", loader), log=log)
+    assert process is not None
+    assert process.wait() == 0, log.read_text(errors="replace")
+    assert "Traceback" not in log.read_text(errors="replace").replace("torch/distributed", "") or ranks == 2
+    assert log.read_text(errors="replace").count("going on from step") >= 3
+    assert_same_run(out, whole)
+
+
+def test_a_stop_in_the_middle_saves_and_goes_on(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM after every tenth step, in one process after another; the exit code says that there is more to do."""
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    assert main([str(word) for word in train(photos, whole)]) == 0
+    for _ in range(STEPS // 10):
+        with stopping(monkeypatch, every=10):
+            assert main([str(word) for word in train(photos, out)]) == 75
+        assert re.search(r"stopped at step \d+ of 42, saved; start again", capsys.readouterr().err)
+    assert main([str(word) for word in train(photos, out)]) == 0
+    assert "going on from step 40 of 42" in capsys.readouterr().err
+    assert_same_run(out, whole)
+    assert main([str(word) for word in train(photos, out)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+class stopping:  # noqa: N801  (a context manager)
+    """Sends this process a SIGTERM at every n-th step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, every: int):
+        self.monkeypatch, self.every = monkeypatch, every
+
+    def __enter__(self) -> None:
+        from cammask_fast.state import TrainState
+
+        note: Callable[..., None] = TrainState.note
+
+        def noted(state: TrainState, loss: torch.Tensor, finite: torch.Tensor) -> None:
+            note(state, loss, finite)
+            if (state.step + 1) % self.every == 0:
+                signal.raise_signal(signal.SIGTERM)
+
+        self.monkeypatch.setattr(TrainState, "note", noted)
+
+    def __exit__(self, *error: object) -> None:
+        self.monkeypatch.undo()
+
+
+def interrupted(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
+    with stopping(monkeypatch, every=18):
+        assert main([str(word) for word in train(photos, out, *options)]) == 75
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "1e-4"], "lr 0.0001 instead of 0.001"),
+        (["--seed", "1"], "seed 1 instead of 0"),
+        (["--masking", "RandMaskSingleFill(0.5)"], "masking RandMaskSingleFill(0.5) instead of ObjMaskMultiFill(0.6)"),
+        (["--batch-size", "16", "--epochs", "2"], "batch_size 16 instead of 8, epochs 2 instead of 7"),
+        (["--augment", "random-crop=0.5"], "augment ['random-crop=0.5'] instead of ['flip']"),
+        (["--shots", "9"], "train_labels"),
+        (["--loader", "torch"], "loader PlainLoader instead of DaliLoader"),
+    ],
+)
+def test_other_settings_are_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    options: list[str], message: str,
+) -> None:  # fmt: skip
+    pytest.importorskip("nvidia.dali")
+    interrupted(photos, tmp_path / "run", monkeypatch)
+    before = sorted((tmp_path / "run").rglob("*"))
+    assert main([str(word) for word in train(photos, tmp_path / "run", *options)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert "was begun with other settings" in error
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_harmless_settings_may_change(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert main([str(word) for word in train(photos, whole)]) == 0
+    interrupted(photos, out, monkeypatch)
+    moved = tmp_path / "moved"
+    moved.symlink_to(photos)
+    options = ["--workers", "2", "--save-every", "100", "--keep", "5", "--max-skipped", "3", "--timeout", "99", "--data", moved]
+    assert main([str(word) for word in train(photos, out, *options)]) == 0
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "flip-state", "missing", "pickle"])
+def test_a_damaged_checkpoint_is_passed_over(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert main([str(word) for word in train(photos, whole, "--loader", "torch")]) == 0
+    interrupted(photos, out, monkeypatch, "--loader", "torch")
+    places = sorted((out / "checkpoints").iterdir())
+    assert [place.name for place in places[-2:]] == ["step-00000016", "step-00000018"]
+    damaged(places[-1], damage, tmp_path)
+    capsys.readouterr()
+    assert main([str(word) for word in train(photos, out, "--loader", "torch")]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"warning: .*step-00000018 is damaged \(.*\): going back to the checkpoint before it", said)
+    assert "going on from step 16 of 42" in said
+    assert not (tmp_path / "ran").exists()
+    assert_same_run(out, whole)
+
+
+def damaged(place: Path, damage: str, folder: Path) -> None:
+    tensors, state = place / "tensors.safetensors", place / "state.json"
+    data = bytearray(tensors.read_bytes())
+    if damage == "cut":
+        tensors.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        data[len(data) * 2 // 3] ^= 4
+        tensors.write_bytes(data)
+    elif damage == "flip-state":
+        state.write_text(state.read_text().replace('"step": 18', '"step": 19'))
+    elif damage == "missing":
+        state.unlink()
+    else:
+        import os
+        import pickle
+
+        class Evil:
+            def __reduce__(self) -> object:
+                return os.mkdir, (str(folder / "ran"),)
+
+        tensors.write_bytes(pickle.dumps(Evil()))
+        torch.save(Evil(), place / "weights.pt")
+
+
+def test_no_pickle_is_ever_loaded(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "evil"
+    place.mkdir()
+    (place / "state.json").write_text("{}")
+    (place / "tensors.safetensors").touch()
+    damaged(place, "pickle", tmp_path)
+    pickled = place / "weights.pt"
+    for argv in (
+        ["evaluate", "--checkpoint", pickled, "--data", photos],
+        ["evaluate", "--checkpoint", place / "tensors.safetensors", "--data", photos],
+        ["train", "--data", photos, "--pretrained", pickled, "--out", tmp_path / "out"],
+        ["zeroshot", "--data", photos, "--pretrained", place / "tensors.safetensors"],
+    ):
+        assert main([str(word) for word in argv]) == 2
+        assert capsys.readouterr().err.startswith("cammask: error: ")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_checkpoint(place)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_newest_and_the_best_checkpoint_stay(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main([str(word) for word in train(photos, out, "--keep", "2", "--save-every", "4")]) == 0
+    places = sorted((out / "checkpoints").iterdir())
+    best = json.loads((places[-1] / "state.json").read_text())["state"]["best_step"]
+    names = {f"step-{step:08d}" for step in {best, 40, 42}}
+    assert {place.name for place in places} == names
+    found = read_checkpoint(places[-1])
+    assert found.saved.rest["step"] == STEPS == last_step(out)
+    assert len(logged(out)) == STEPS
