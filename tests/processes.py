@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -42,7 +43,7 @@ def start(argv: Sequence[object], *, ranks: int = 1, restarts: int = 0, log: Pat
         return subprocess.Popen(command(argv, ranks=ranks, restarts=restarts), stdout=file, stderr=file)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> bool:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> bool:
     """Whether the condition came true before the process ended."""
     until = time.monotonic() + LIMIT
     while time.monotonic() < until:
@@ -83,10 +84,8 @@ def _command_line(pid: int) -> bytes:
 
 
 def kill(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def logged(out: Path) -> list[dict[str, Any]]:

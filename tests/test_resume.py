@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,14 +55,15 @@ def test_killed_five_times_and_the_same(photos: Path, tmp_path: Path, ranks: int
         if process is None or process.poll() is not None:
             process = start(train(photos, out, "--loader", loader), ranks=ranks, restarts=5, log=log)
         reached = wait_for(lambda: last_step(out) >= target and (kind == "step" or writing(out)), process)  # noqa: B023
+        running = process
         assert reached, log.read_text(errors="replace")
-        pids = trainers(process, ranks)
+        pids = trainers(running, ranks)
         before = last_step(out)
         kill(generator.choice(pids), signal.SIGKILL)
         if ranks == 1:
             process.wait()
         else:
-            wait_for(lambda: not set(pids) & set(trainers(process, ranks)), process)  # noqa: B023
+            wait_for(lambda: not set(pids) & set(trainers(running, ranks)), running)  # noqa: B023
         assert before < STEPS, "killed after the end"
     if ranks == 1:
         process = start(train(photos, out, "--loader", loader), log=log)
@@ -189,7 +191,7 @@ def damaged(place: Path, damage: str, folder: Path) -> None:
         import pickle
 
         class Evil:
-            def __reduce__(self) -> object:
+            def __reduce__(self) -> tuple[Any, ...]:
                 return os.mkdir, (str(folder / "ran"),)
 
         tensors.write_bytes(pickle.dumps(Evil()))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cammask_fast.model.classifier import Classifier
@@ -41,8 +42,9 @@ def save_classifier(path: Path, model: Classifier, description: Description) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}, temporary, header)
         temporary.replace(path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def load_classifier(path: Path, *, expect_vit: ViTConfig | None = None) -> tuple[Classifier, Description]:

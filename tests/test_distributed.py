@@ -1,0 +1,172 @@
+"""Several processes train as one: the same losses, one voice, and an end in seconds when one of them fails."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cammask_fast import distributed
+from cammask_fast.cli import main
+from cammask_fast.distributed import in_buckets
+from tests.processes import (
+    children,
+    kill,
+    last_step,
+    logged,
+    photo_folder,
+    run,
+    start,
+    trainers,
+    wait_for,
+)
+
+OPTIONS = ("--epochs", 1, "--batch-size", 16, "--lr", "1e-4", "--log-every", 1, "--loader", "torch", "--workers", 0)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photo_folder(tmp_path_factory.mktemp("photos"))
+
+
+def train(photos: Path, out: Path, *options: object) -> list[object]:
+    return ["train", "--data", photos, "--out", out, *OPTIONS, *options]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, ("--masking", "ObjMaskSingleFill(0.3)")),
+        (4, ("--masking", "RandMaskMultiFill(0.5)", "--accumulate", 2)),
+        (2, ("--masking", "RandMaskNoFill(0.5)", "--compile", "default")),
+    ],
+)
+def test_any_number_of_ranks_gives_the_same_losses(
+    photos: Path, tmp_path: Path, ranks: int, options: tuple[object, ...]
+) -> None:
+    """With donors by place in the global batch; three steps, so that differences of rounding cannot grow."""
+    one, many = tmp_path / "one", tmp_path / "many"
+    shared = ("--donors", "global", "--masking", options[1])
+    assert main([str(word) for word in train(photos, one, *shared)]) == 0
+    done = run(train(photos, many, "--donors", "global", *options), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = logged(many), logged(one)
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=2e-4)
+    assert len(ours) == 3
+    first, second = (json.loads((folder / "run.json").read_text()) for folder in (one, many))
+    assert second["processes"] == ranks
+    assert second["validation_accuracy"] == pytest.approx(first["validation_accuracy"], abs=100 / 9 + 1e-6)
+    assert done.stdout.count("written to") == 1, "only rank 0 speaks"
+    assert not list(many.glob("*rank*")), "and writes"
+
+
+@pytest.mark.slow
+def test_donors_of_the_own_batch_differ_between_ranks(photos: Path, tmp_path: Path) -> None:
+    """The default, as in the paper's code: the ranks draw for themselves, and the run is another one, but as reproducible."""
+    outs = [tmp_path / name for name in ("one", "first", "second")]
+    assert main([str(word) for word in train(photos, outs[0])]) == 0
+    for out in outs[1:]:
+        assert run(train(photos, out), ranks=2).returncode == 0
+    assert logged(outs[1]) == logged(outs[2])
+    assert logged(outs[0])[0]["loss"] != pytest.approx(logged(outs[1])[0]["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_all_with_its_message(photos: Path, tmp_path: Path) -> None:
+    """Rank 1 alone cannot read its data."""
+    code = (
+        "import os, sys; from cammask_fast.data import plain_loader; from cammask_fast.cli import main\n"
+        "def broken(loader, decoded): raise ValueError('the disk of this machine is gone')\n"
+        "if os.environ['RANK'] == '1': plain_loader.settled = broken\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    import subprocess
+
+    started = time.monotonic()
+    words = [*torchrun, *map(str, train(photos, tmp_path / "out", "--workers", 0))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("cammask: error")]
+    assert ours == ["cammask: error: rank 1: the disk of this machine is gone"]
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_different_settings_are_refused_at_the_start(photos: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys; from cammask_fast.cli import main\n"
+        "sys.exit(main([*sys.argv[1:], '--lr', '1e-5' if os.environ['RANK'] == '1' else '1e-4']))"
+    )
+    import subprocess
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    words = [*torchrun, *map(str, train(photos, tmp_path / "out"))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("cammask: error")]
+    assert len(ours) == 1
+    assert "rank 1 was started with other settings than rank 0: lr 1e-05 instead of 0.0001" in ours[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_and_is_named(photos: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    process = start(train(photos, out, "--epochs", 200, "--timeout", 4), ranks=2, log=log)
+    assert wait_for(lambda: last_step(out) >= 3, process), log.read_text(errors="replace")
+    stopped = trainers(process, 2)[1]
+    kill(stopped, signal.SIGSTOP)
+    try:
+        wait_for(lambda: "no progress for 4 s" in log.read_text(errors="replace"), process)
+    finally:
+        kill(stopped, signal.SIGKILL)
+    assert process.wait() != 0
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("cammask: error")]
+    assert len(said) == 1
+    assert f"(pid {stopped} on " in said[0]
+    assert "does not answer; start again with the same command to go on" in said[0]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(photos: Path, tmp_path: Path) -> None:
+    whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log.txt"
+    options = ("--epochs", 12, "--save-every", 1000)
+    assert run(train(photos, whole, *options), ranks=2).returncode == 0
+    process = start(train(photos, out, *options), ranks=2, log=log)
+    assert wait_for(lambda: last_step(out) >= 5, process), log.read_text(errors="replace")
+    kill(trainers(process, 2)[1], signal.SIGTERM)
+    assert process.wait() != 0
+    text = log.read_text(errors="replace")
+    assert "SIGTERM: finishing the step and saving" in text
+    assert "exitcode  : 75" in text
+    done = run(train(photos, out, *options), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    assert logged(out) == logged(whole)
+
+
+@pytest.mark.parametrize("most", [1, 100, 250, 10_000])
+def test_buckets_keep_the_order_and_the_size(most: int) -> None:
+    gradients = [torch.zeros(n) for n in (10, 20, 30, 1, 50)]
+    buckets = in_buckets(gradients, most=most)
+    assert [g for bucket in buckets for g in bucket] == gradients or all(
+        a is b for a, b in zip((g for bucket in buckets for g in bucket), gradients, strict=True)
+    )
+    assert all(len(bucket) == 1 or sum(g.nbytes for g in bucket) <= most for bucket in buckets)
+    assert all(bucket for bucket in buckets)
+
+
+def test_one_process_alone_votes_at_once() -> None:
+    vote = distributed.Vote()
+    assert [vote(flag) for flag in (False, True, False)] == [False, True, False]
+    assert children(1) is not None
