@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import cammask_fast
 from cammask_fast import __version__
 from cammask_fast.config import COMPILE, METHODS, PRECISIONS, TrainConfig, load_recipe, recipe_names
-from cammask_fast.environment import launched, restarted
+from cammask_fast.environment import launched, restarts
 from cammask_fast.interruption import EXIT_CODE, Interrupted, StopSignal
 
 if TYPE_CHECKING:  # torch and what needs it are imported where they are used: `cammask --help` answers at once
@@ -79,9 +79,13 @@ def _fail(message: str, code: int, *, kind: str = "error: ") -> int:
 
 
 def _of_the_world(error: RuntimeError) -> str:
-    """Words for a collective that failed; any other RuntimeError is ours and goes on."""
+    """Words for a process that is gone; any other RuntimeError is ours and goes on."""
+    from cammask_fast.data.plain_loader import worker_died
     from cammask_fast.distributed import lost_contact, told
 
+    died = worker_died(error)
+    if died is not None:
+        return died
     if lost_contact(error):
         return "lost contact with another process, which was killed or whose machine is gone; start again with the same command"
     if launched():
@@ -345,7 +349,7 @@ def train_here(args: Options, recipe: Mapping[str, Any], config: TrainConfig, ou
     refuse_differences(settings)
     started = time.perf_counter()
     with RunLock(out) if here.first else nullcontext():
-        if here.first and args["overwrite"] and not restarted():  # by torchrun: what is there is ours
+        if here.first and args["overwrite"] and not restarts():  # by torchrun: what is there is ours
             clear(out)
         models, watched = (
             train_with_progress(model, data, config, args, out, settings, here, stop) if trains else ({"best": model}, {})

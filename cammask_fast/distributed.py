@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from cammask_fast.environment import launched, local_rank
+from cammask_fast.environment import launched, local_rank, restarts
 
 TICK = 0.5
 """Seconds between two looks of the watch."""
@@ -56,6 +57,7 @@ def world(device: str, *, timeout: float = 600.0) -> Iterator[World]:
         torch.cuda.set_device(place)
     longest = timedelta(seconds=timeout + 60)  # the watch comes first: it knows who stands still
     store, rank, size = next(rendezvous("env://", timeout=longest))
+    store = PrefixStore(f"attempt-{restarts()}", store)  # torchrun keeps its store, with the addresses of the dead
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
     _control = dist.new_group(backend="gloo", timeout=longest) if backend == "nccl" else dist.group.WORLD
     _watch = _Watch(store.clone(), rank, size, timeout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -47,8 +48,7 @@ class RunLock:
                 f"{self.path.parent} belongs to a run that is under way (process {owner.get('pid', '?')} on "
                 f"{owner.get('host', '?')}): choose another --out or stop that run"
             )
-        self._file.seek(0)
-        self._file.truncate()
+        self._file.truncate(0)
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}, self._file)
         self._file.flush()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -68,9 +68,9 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a loader's processes would inherit
             there = self.path.stat().st_ino
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             return False
         except FileNotFoundError:
             return None
@@ -80,7 +80,8 @@ class RunLock:
 
     def _owner(self) -> dict[str, Any]:
         try:
-            owner = json.loads(self.path.read_text(encoding="utf-8"))
+            self._file.seek(0)  # another file object for it would free the lock when it is closed
+            owner = json.loads(self._file.read())
         except (OSError, ValueError):
             return {}
         return owner if isinstance(owner, dict) else {}
@@ -120,6 +121,7 @@ class RunLog:
 
     def __init__(self, folder: Path, *, warn: Callable[[str], None]):
         self.path, self.warn, self.failed = folder / LOG, warn, False
+        self.pending: list[str] = []
 
     def cut(self, step: int) -> None:
         """Forget what came after `step`, from where the run goes on. Raises ValueError when the file cannot be written."""
@@ -137,12 +139,22 @@ class RunLog:
         part.replace(self.path)
 
     def write(self, line: Mapping[str, Any]) -> None:
+        """Add a line, and those that could not be written before."""
+        self.pending.append(json.dumps(line) + "\n")
+        size = None
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
+                file.write("".join(self.pending).encode())
+            if self.path.stat().st_size != size + sum(map(len, self.pending)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.pending.clear()
         except OSError as error:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)  # no half lines
             if not self.failed:
-                self.warn(f"cannot write {self.path} ({error.strerror or error}); the run goes on without its log")
+                self.warn(f"cannot write {self.path} ({error.strerror or error}); the run goes on and tries again")
             self.failed = True
 
 

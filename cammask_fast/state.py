@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -142,7 +143,8 @@ class TrainState:
             for slot in self.optimizer.state.values():
                 slot["step"].fill_(float(tensors["updates"]))
             self.schedule.last_epoch = self.step - 1
-            self.schedule.step()
+            with warnings.catch_warnings(action="ignore"):  # torch has not seen the optimiser's steps
+                self.schedule.step()
         if rest["has_best"]:
             device = self.student.head.weight.device
             kind = "student" if self.best_step == self.step else "best"

@@ -84,7 +84,8 @@ class Run:
         if saved is not None:
             state.load_state_dict(saved)
             generators = saved.tensors["generators"]
-            state.generator.set_state(generators[self.world.rank if len(generators) == self.world.size else 0])
+            own = generators[self.world.rank if len(generators) == self.world.size else 0]
+            state.generator.set_state(own.clone())  # set_state reads from the start of the storage, whatever the view
             loader.load_state_dict(saved.rest["loader"])
         if self.resumed is not None:
             self.resumed(state.step, None if found is None else found.place)

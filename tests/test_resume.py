@@ -69,7 +69,6 @@ def test_killed_five_times_and_the_same(photos: Path, tmp_path: Path, ranks: int
         process = start(train(photos, out, "--loader", loader), log=log)
     assert process is not None
     assert process.wait() == 0, log.read_text(errors="replace")
-    assert "Traceback" not in log.read_text(errors="replace").replace("torch/distributed", "") or ranks == 2
     assert log.read_text(errors="replace").count("going on from step") >= 3
     assert_same_run(out, whole)
 

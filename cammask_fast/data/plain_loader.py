@@ -173,11 +173,17 @@ def alive(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        reason = worker_died(error)
+        if reason is None:
             raise
-        raise ValueError(
-            f"a process that reads images was killed ({str(error).splitlines()[0]}): often memory ran out; try fewer --workers"
-        ) from None
+        raise ValueError(reason) from None
+
+
+def worker_died(error: RuntimeError) -> str | None:
+    """Words for the end of a worker, which PyTorch raises wherever the main thread happens to be; None for other errors."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return f"a process that reads images was killed ({str(error).splitlines()[0]}): often memory ran out; try fewer --workers"
 
 
 def note_faults(source: ImageSource, bad: BadSamples) -> None:
