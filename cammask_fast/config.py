@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -59,6 +60,7 @@ class OptimConfig:
     final_div_factor: float = 1e4
 
     def __post_init__(self) -> None:
+        _typed(self)
         _positive(self, "lr", "clip_norm", "eps", "div_factor", "final_div_factor")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
@@ -104,6 +106,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
+        _typed(self)
         _one_of(self, "method", METHODS)
         _one_of(self, "distill", ("", "fd", "kd"))
         _one_of(self, "cam", ("mm-cam", "grad-cam"))
@@ -138,6 +141,8 @@ class TrainConfig:
         """Inverse of `to_dict`; unknown keys raise ValueError."""
         values = dict(values)
         optim = values.pop("optim", {})
+        if not isinstance(optim, Mapping):
+            raise ValueError(f"optim: expected a table of settings, got {optim!r}")
         for owner, given in ((cls, values), (OptimConfig, optim)):
             unknown = set(given) - {f.name for f in fields(owner)}
             if unknown:
@@ -149,6 +154,18 @@ def _one_of(config: object, name: str, known: Mapping[str, object] | tuple[str, 
     value = getattr(config, name)
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(k for k in known if k)}")
+
+
+def _typed(config: object) -> None:
+    """Every field has the type of its default; numbers are finite."""
+    for entry in fields(config):  # type: ignore[arg-type]
+        value, kind = getattr(config, entry.name), type(entry.default)
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            continue
+        if kind not in (float, int, str) or (kind is not float and type(value) is kind):
+            continue
+        expected = {float: "a finite number", int: "a whole number", str: "a text"}[kind]
+        raise ValueError(f"{entry.name}: expected {expected}, got {value!r}")
 
 
 def _positive(config: object, *names: str) -> None:

@@ -63,7 +63,9 @@ def load_classifier(path: Path, *, expect_vit: ViTConfig | None = None) -> tuple
             class_names=tuple(json.loads(header["class_names"])),
             run=json.loads(header["run"]),
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        if not isinstance(description.run, dict) or not all(isinstance(name, str) for name in description.class_names):
+            raise ValueError("run is no table, or a class has no name")
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged header ({error})") from None
     if expect_vit is not None:
         refuse_mismatch(description.vit, expect_vit, path)
