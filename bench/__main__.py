@@ -12,6 +12,8 @@ COMMANDS = {
     "kernels": ("bench.kernels", "what the kernels need, compiled without a GPU, or the CPU path against op by op"),
     "step": ("bench.step.race", "one optimiser step against the authors' algorithm"),
     "data": ("bench.data.loaders", "the loaders against torchvision's"),
+    "checkpoints": ("bench.checkpoints", "how long a checkpoint holds up the training"),
+    "scaling": ("bench.scaling", "a model of data-parallel training on many GPUs"),
     "soak": ("bench.soak", "a run of several processes under random faults, against the same run undisturbed"),
     "gpu": ("bench.gpu", "tests and microbenchmarks on a CUDA machine"),
     "report": ("bench.report", "write the tables of bench/results into the README"),

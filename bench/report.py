@@ -33,6 +33,7 @@ def main(options: argparse.Namespace) -> int:
     text = options.readme.read_text()
     text = fill(text, "gpu", gpu_section(records))
     text = fill(text, "step", step_section(records))
+    text = fill(text, "runs", runs_section(records))
     text = fill(text, "data", data_section(records))
     text = fill(text, "cpu", f"{cpu_section(records)}\n\n{static_section(records)}".strip())
     options.readme.write_text(text)
@@ -151,6 +152,29 @@ def _step_row(record: Mapping[str, Any], base: Mapping[str, Any] | None) -> list
         name, record["precision"], str(record["batch"]), f"{record['seconds_p50']:.3f}", f"{record['images_per_second']:.1f}",
         faster, f"{record['forward_units']:.2f}", *memory,
     ]  # fmt: skip
+
+
+def runs_section(records: Records) -> str:
+    """Faults survived, and what a checkpoint costs."""
+    sections = []
+    for record in (r for r in records if r.get("op") == "soak"):
+        rows = [[kind, str(count), str(done)] for kind, (count, done) in record["kinds"].items()]
+        rows.append(["all", str(record["faults"]), str(record["survived"])])
+        same = "are equal to" if record["weights_equal"] else "DIFFER from"
+        sections.append(
+            f"`cammask bench soak --minutes {record['minutes']:g}` ({record['ranks']} ranks, {record['steps']} steps, "
+            f"{record['seconds']:.0f} s, {record['cpu']}, {record['cores']} cores, commit {record['commit']}): the weights "
+            f"{same} those of the undisturbed run.\n\n{markdown_table(['fault', 'injected', 'survived'], rows)}"
+        )
+    for record in (r for r in records if r.get("op") == "checkpoint"):
+        where = record.get("gpu") or f"{record['cpu']}, {record['cores']} cores"
+        sections.append(
+            f"A checkpoint of {record['arch']} ({record['mb']:.0f} MB) holds up the training for "
+            f"{record['stall_seconds']:.3f} s, with one save per {record['every']} steps {record['stall_share']:.2%} of a step at batch {record['batch']} "
+            f"({record['step_seconds']:.2f} s); it is on the disk after {record['write_seconds']:.1f} s, and the step beside "
+            f"that takes {record['step_while_writing']:.2f} s (`cammask bench checkpoints`, {where}, commit {record['commit']})."
+        )
+    return "\n\n".join(sections) or "Not yet measured."
 
 
 def data_section(records: Records) -> str:

@@ -7,7 +7,6 @@ damaged. First undisturbed, then with a fault at every few steps; in the end the
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import resource
 import signal
@@ -23,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bench.processes import kill, last_step, logged, run, start, trainers, wait_for
-from bench.records import cpu_environment
+from bench.records import cpu_environment, show
 from cammask_fast.data.benchmark import training_splits
 from cammask_fast.data.texture_digits import CLASS_NAMES
 
@@ -41,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="bound of the whole (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--json", action="store_true", help="print the record as a JSON line")
+    parser.add_argument("--out", type=Path, help="write the record as a JSON line")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the runs there (default: a temporary folder)")
 
 
@@ -51,7 +51,7 @@ def main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         record = soak(folder, minutes=options.minutes, seed=options.seed)
-    print(json.dumps(record) if options.json else table(record))
+    show([record], table(record), as_json=options.json, out=options.out)
     return 0 if record["weights_equal"] and record["survived"] == record["faults"] else 1
 
 
@@ -100,7 +100,7 @@ def soak(folder: Path, *, minutes: float, seed: int) -> dict[str, object]:
     injected["damaged sample"] = DAMAGED_SAMPLES
     survived["damaged sample"] = len({line.split("\t")[0] for line in samples})
     return {
-        "benchmark": "soak",
+        "op": "soak",
         "faults": injected.total(),
         "survived": survived.total(),
         "kinds": {kind: [count, survived[kind]] for kind, count in sorted(injected.items())},

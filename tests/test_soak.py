@@ -12,7 +12,7 @@ from bench import soak
 
 @pytest.mark.slow
 def test_two_minutes_of_faults(capsys: pytest.CaptureFixture[str]) -> None:
-    code = soak.main(argparse.Namespace(minutes=2, seed=1, json=True, keep=None))
+    code = soak.main(argparse.Namespace(minutes=2, seed=1, json=True, keep=None, out=None))
     record = json.loads(capsys.readouterr().out)
     assert code == 0, record
     assert record["weights_equal"]
@@ -23,4 +23,4 @@ def test_two_minutes_of_faults(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_too_short_a_soak_is_refused() -> None:
     with pytest.raises(ValueError, match="--minutes: expected 1 or more"):
-        soak.main(argparse.Namespace(minutes=0.1, seed=0, json=True, keep=None))
+        soak.main(argparse.Namespace(minutes=0.1, seed=0, json=True, keep=None, out=None))
