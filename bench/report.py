@@ -170,9 +170,10 @@ def runs_section(records: Records) -> str:
         where = record.get("gpu") or f"{record['cpu']}, {record['cores']} cores"
         sections.append(
             f"A checkpoint of {record['arch']} ({record['mb']:.0f} MB) holds up the training for "
-            f"{record['stall_seconds']:.3f} s, with one save per {record['every']} steps {record['stall_share']:.2%} of a step at batch {record['batch']} "
-            f"({record['step_seconds']:.2f} s); it is on the disk after {record['write_seconds']:.1f} s, and the step beside "
-            f"that takes {record['step_while_writing']:.2f} s (`cammask bench checkpoints`, {where}, commit {record['commit']})."
+            f"{record['stall_seconds']:.3f} s, with one save per {record['every']} steps {record['stall_share']:.2%} of a step "
+            f"at batch {record['batch']} ({record['step_seconds']:.2f} s); it is on the disk after {record['write_seconds']:.1f} "
+            f"s, and the step beside that takes {record['step_while_writing']:.2f} s (`cammask bench checkpoints`, {where}, "
+            f"commit {record['commit']})."
         )
     return "\n\n".join(sections) or "Not yet measured."
 
