@@ -171,8 +171,9 @@ def runs_section(records: Records) -> str:
         sections.append(
             f"A checkpoint of {record['arch']} ({record['mb']:.0f} MB) holds up the training for "
             f"{record['stall_seconds']:.3f} s, with one save per {record['every']} steps {record['stall_share']:.2%} of a step "
-            f"at batch {record['batch']} ({record['step_seconds']:.2f} s); it is on the disk after {record['write_seconds']:.1f} "
-            f"s, and the step beside that takes {record['step_while_writing']:.2f} s (`cammask bench checkpoints`, {where}, "
+            f"at batch {record['batch']} ({record['step_seconds']:.2f} s); it is on the disk after "
+            f"{record['write_seconds']:.1f} s, and the step beside that takes {record['step_while_writing']:.2f} s "
+            f"(`cammask bench checkpoints`, {where}, "
             f"commit {record['commit']})."
         )
     return "\n\n".join(sections) or "Not yet measured."

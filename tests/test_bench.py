@@ -361,7 +361,7 @@ def test_the_report_writes_gpu_records_into_the_readme(tmp_path: Path, measured:
     results.mkdir()
     readme.write_text(
         "a\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nb\n<!-- cpu:begin -->\n<!-- cpu:end -->\nc\n"
-        "<!-- step:begin --><!-- step:end --><!-- data:begin --><!-- data:end -->"
+        "<!-- step:begin --><!-- step:end --><!-- runs:begin -->\n<!-- runs:end -->\n<!-- data:begin --><!-- data:end -->"
     )
     command = ["report", "--readme", str(readme), "--results", str(results)]
     assert main(command) == 0

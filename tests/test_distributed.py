@@ -70,11 +70,12 @@ def test_any_number_of_ranks_gives_the_same_losses(
 def test_donors_of_the_own_batch_differ_between_ranks(photos: Path, tmp_path: Path) -> None:
     """The default, as in the paper's code: the ranks draw for themselves, and the run is another one, but as reproducible."""
     outs = [tmp_path / name for name in ("one", "first", "second")]
-    assert main([str(word) for word in train(photos, outs[0])]) == 0
+    options = ("--masking", "RandMaskMultiFill(0.5)", "--lr", "1e-2")
+    assert main([str(word) for word in train(photos, outs[0], *options)]) == 0
     for out in outs[1:]:
-        assert run(train(photos, out), ranks=2).returncode == 0
+        assert run(train(photos, out, *options), ranks=2).returncode == 0
     assert logged(outs[1]) == logged(outs[2])
-    assert logged(outs[0])[0]["loss"] != pytest.approx(logged(outs[1])[0]["loss"], rel=1e-4)
+    assert logged(outs[0])[-1]["loss"] != pytest.approx(logged(outs[1])[-1]["loss"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.records import ROOT
 from cammask_fast.cam.localisation import localisation, object_patches
+from cammask_fast.distributed import BUCKET_BYTES
 from cammask_fast.pictures import GalleryRow, contact_sheet, gallery
 from cammask_fast.report import BEGIN, END, accuracy_table, claims, mean_curves, mean_std, paired, refresh_readme, write_report
 
@@ -124,3 +126,25 @@ def test_localisation_of_known_maps() -> None:
     assert found.energy == pytest.approx(100 * (1 + 0.5 + 0.25) / 3)
     assert found.masked == pytest.approx(100 * (1 + 0.5 + 0.25) / 3)
     assert found.area == pytest.approx(25.0)
+
+
+def test_the_scaling_page_shows_what_the_command_prints() -> None:
+    from bench import scaling
+
+    text = scaling.tables()
+    assert text in (ROOT / "docs/scaling.md").read_text()
+    work = scaling.Work(flops=1e12, units=7.5, parameters=100_000_000)
+    step, whole, exposed = scaling.seconds(work, 8, 64)
+    assert step == pytest.approx(64e12 / (989e12 * 0.4))
+    assert whole == pytest.approx(2 * 7 / 8 * 4e8 / (450e9 * 0.8))
+    assert exposed == pytest.approx(2 * 7 / 8 * BUCKET_BYTES / (450e9 * 0.8)), "all but the last bucket is hidden"
+    assert scaling.seconds(work, 64, 64)[1] == pytest.approx(whole + 2 * 7 / 8 * 0.5e8 / (50e9 * 0.8))
+
+
+def test_the_cost_of_a_checkpoint_is_measured(tmp_path: Path) -> None:
+    from bench import checkpoints
+
+    record = checkpoints.measure("tiny", 2, 2, tmp_path)
+    assert record["stall_share"] == record["stall_seconds"] / 500 / record["step_seconds"]
+    assert 0 < record["stall_seconds"] < record["write_seconds"]
+    assert record["mb"] > 5.5, "weights and both moments"

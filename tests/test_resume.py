@@ -57,6 +57,7 @@ def test_killed_five_times_and_the_same(photos: Path, tmp_path: Path, ranks: int
         reached = wait_for(lambda: last_step(out) >= target and (kind == "step" or writing(out)), process)  # noqa: B023
         running = process
         assert reached, log.read_text(errors="replace")
+        assert wait_for(lambda: len(trainers(running, ranks)) == ranks, running)  # noqa: B023
         pids = trainers(running, ranks)
         before = last_step(out)
         kill(generator.choice(pids), signal.SIGKILL)
