@@ -309,6 +309,8 @@ def run_train(args: Options) -> None:
     config = train_config(args, recipe.get("train", {}))
     positive(args, "save_every", "keep", "log_every", "timeout")
     out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
+    if (out / "run.json").exists() and restarts():
+        return  # another process failed after the run was complete
     if not args["overwrite"] and (out / "run.json").exists():
         raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
     with world(device_of(args), timeout=args["timeout"]) as here, StopSignal() as stop:

@@ -141,7 +141,7 @@ class _Watch(threading.Thread):
                 if self.store.check([FAILED]):
                     time.sleep(TICK)  # this process may be about to end by itself
                     self._end(None)
-                if time.monotonic() - self.last > self.timeout:
+                if self.beats and time.monotonic() - self.last > self.timeout:  # reading a large folder may take its time
                     self._end(told(self._blame()))
             except RuntimeError:  # the store is gone, and with it the process that kept it; torchrun ends the others
                 return

@@ -34,6 +34,7 @@ from cammask_fast.step import build_strategy, build_train_step, draw_for_step
 Progress = Callable[[str, int, int, float, float], None]
 """Called as (phase, images done, images in total, mean loss since the last call, share of the time spent waiting for data)."""
 
+STOPPED = "stopped at step {} of {}, saved; start again with the same command to go on"
 Parts = list[tuple[Batch, Draws | None]]
 
 
@@ -142,19 +143,22 @@ def fine_tune(
             step(parts)
             state.step += 1
             if state.step % log_every == 0 or state.step == steps:
-                _looked(state, teacher, config, parts, run, steps, progress, wait.share)
+                _looked(state, config, parts, run, steps, progress, wait.share)
             stop = vote(run.stop())
             if stop or (run.save_every and state.step % run.save_every == 0):
                 run.save(state, train)
             if stop:
-                raise Interrupted(f"stopped at step {state.step} of {steps}, saved; start again with the same command to go on")
+                raise Interrupted(STOPPED.format(state.step, steps))
             distributed.alive(f"loading the images of step {state.step + 1}")
+        stop = vote.count()
         if validation is not None or epoch + 1 == config.epochs:
             score = math.nan if validation is None else accuracy(student.eval().stored_in(dtype), validation, device=device)
             state.keep_if_best(score, take_last=validation is None or config.resolved.interpolate)
             student.train()
         state.epoch = epoch + 1
         run.save(state, train)
+        if stop and state.epoch < config.epochs:
+            raise Interrupted(STOPPED.format(state.step, steps))
     best = teacher.frozen_copy()
     best.load_state_dict(state.best_weights)
     if config.resolved.interpolate:
@@ -176,7 +180,6 @@ def _parts(batch: Batch, config: TrainConfig, state: TrainState, world: World) -
 
 def _looked(
     state: TrainState,
-    teacher: Classifier,
     config: TrainConfig,
     parts: Parts,
     run: Run,
