@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -90,8 +91,6 @@ def test_an_error_on_one_rank_ends_all_with_its_message(photos: Path, tmp_path: 
     script = tmp_path / "script.py"
     script.write_text(code)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    import subprocess
-
     started = time.monotonic()
     words = [*torchrun, *map(str, train(photos, tmp_path / "out", "--workers", 0))]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
@@ -108,8 +107,6 @@ def test_different_settings_are_refused_at_the_start(photos: Path, tmp_path: Pat
         "import os, sys; from cammask_fast.cli import main\n"
         "sys.exit(main([*sys.argv[1:], '--lr', '1e-5' if os.environ['RANK'] == '1' else '1e-4']))"
     )
-    import subprocess
-
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     words = [*torchrun, *map(str, train(photos, tmp_path / "out"))]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
@@ -171,3 +168,48 @@ def test_one_process_alone_votes_at_once() -> None:
     vote = distributed.Vote()
     assert [vote(flag) for flag in (False, True, False)] == [False, True, False]
     assert children(1) is not None
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_is_skipped_by_all(photos: Path, tmp_path: Path) -> None:
+    """The gradients of rank 1 spoil the sum: no rank may apply it, or they would drift apart and then disagree."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, torch; from cammask_fast import train; from cammask_fast.cli import main\n"
+        "parts = train._parts\n"
+        "def spoiled(batch, config, state, world):\n"
+        "    found = parts(batch, config, state, world)\n"
+        "    if world.rank == 1 and state.step == 3:\n"
+        "        images = torch.full(batch.images.shape, torch.nan).permute(0, 3, 1, 2)\n"
+        "        found = [(piece._replace(images=images), draws) for piece, draws in found]\n"
+        "    return found\n"
+        "train._parts = spoiled\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    out = tmp_path / "out"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    words = [*torchrun, *map(str, train(photos, out, "--epochs", 3, "--masking", "RandMaskNoFill(0.5)"))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = logged(out)
+    assert [line["skipped"] for line in lines] == [0] * 3 + [1] * 6
+    assert [line["loss"] is None for line in lines] == [False] * 3 + [True] + [False] * 5
+    assert json.loads((out / "run.json").read_text())["skipped_steps"] == 1
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_only_with_global_donors(photos: Path, tmp_path: Path) -> None:
+    for donors in ("batch", "global"):
+        out, log = tmp_path / donors, tmp_path / f"{donors}.txt"
+        options = ("--epochs", 30, "--donors", donors, "--save-every", 2)
+        process = start(train(photos, out, *options), log=log)
+        assert wait_for((out / "checkpoints" / "step-00000002").exists, process), log.read_text()
+        kill(process.pid, signal.SIGKILL)
+        process.wait()
+        done = run(train(photos, out, *options), ranks=2)
+        if donors == "batch":
+            assert done.returncode != 0
+            assert "begun with other settings: processes 2 instead of 1" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr
+            assert "going on from step" in done.stderr
