@@ -123,7 +123,9 @@ class _Watch(threading.Thread):
         self.over = threading.Event()
 
     def finish(self) -> None:
+        """Wait for the thread too: the interpreter must not end, nor the group go, while it talks to the store."""
         self.over.set()
+        self.join(timeout=10 * TICK)
 
     def run(self) -> None:
         ticks = 0

@@ -70,7 +70,7 @@ def test_the_cam_sits_on_the_digit() -> None:
 def test_a_worker_error_ends_the_demo() -> None:
     job = demo.jobs([0], full=False)[0]
     broken = replace(job, config=replace(job.config, optim=replace(job.config.optim, lr=1e30), epochs=1))
-    with pytest.raises(ValueError, match="the loss is"):
+    with pytest.raises(ValueError, match="the loss or the gradients were not finite"):
         demo.run_all([broken], workers=1)
 
 

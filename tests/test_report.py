@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +133,9 @@ def test_localisation_of_known_maps() -> None:
 def test_the_scaling_page_shows_what_the_command_prints() -> None:
     from bench import scaling
 
-    text = scaling.tables()
+    words = [sys.executable, "-m", "bench", "scaling"]
+    text = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert "ViT-L/14" in text
     assert text in (ROOT / "docs/scaling.md").read_text()
     work = scaling.Work(flops=1e12, units=7.5, parameters=100_000_000)
     step, whole, exposed = scaling.seconds(work, 8, 64)
