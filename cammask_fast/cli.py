@@ -309,7 +309,7 @@ def run_train(args: Options) -> None:
     config = train_config(args, recipe.get("train", {}))
     positive(args, "save_every", "keep", "log_every", "timeout")
     out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
-    if (out / "run.json").exists() and restarts():
+    if (out / "run.json").exists() and restarts() and not args["overwrite"]:
         return  # another process failed after the run was complete
     if not args["overwrite"] and (out / "run.json").exists():
         raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
@@ -351,7 +351,7 @@ def train_here(args: Options, recipe: Mapping[str, Any], config: TrainConfig, ou
     refuse_differences(settings)
     started = time.perf_counter()
     with RunLock(out) if here.first else nullcontext():
-        if here.first and args["overwrite"] and not restarts():  # by torchrun: what is there is ours
+        if here.first and args["overwrite"] and (not restarts() or (out / "run.json").exists()):  # else what is there is ours
             clear(out)
         models, watched = (
             train_with_progress(model, data, config, args, out, settings, here, stop) if trains else ({"best": model}, {})

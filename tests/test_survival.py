@@ -87,16 +87,21 @@ def test_a_file_size_limit_in_a_real_process(photos: Path, tmp_path: Path) -> No
     assert main(train(photos, out)) == 0
 
 
-def test_a_log_that_cannot_be_written_is_said_once(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    (out / "log.jsonl").mkdir(parents=True)
-    (out / "bad_samples.tsv").mkdir()
-    bad = photo_folder(tmp_path / "photos")
-    (bad / "train" / "dog" / "00.jpg").write_bytes(b"no image")
-    assert main(train(bad, out, "--max-bad", 1)) in (0, 2)
-    said = capsys.readouterr().err
-    assert said.count("log.jsonl") == 1
-    assert said.count("cannot list unreadable images") <= 1
+def test_a_log_that_cannot_be_written_is_said_once_and_caught_up(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = run_folder.RunLog(tmp_path, warn=said.append)
+    log.path.mkdir()
+    for step in (1, 2):
+        log.write({"step": step})
+    assert len(said) == 1
+    assert "log.jsonl (Is a directory); the run goes on" in said[0]
+    log.path.rmdir()
+    log.write({"step": 3})
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3]
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill
+    log.cut(2)
+    assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
