@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PARALLEL ?= --numprocesses 2 --dist loadfile
 
 .PHONY: demo demo-full test lint bench gpu clean
 
@@ -24,8 +25,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/kernels
+	$(BIN)/python -m pytest -m "not alone" $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/kernels $(PARALLEL)
+	$(BIN)/python -m pytest -m alone
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench/kernels/bench_*.py --benchmark-only --benchmark-columns=min,median,max,rounds

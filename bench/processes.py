@@ -22,9 +22,10 @@ def command(argv: Sequence[object], *, ranks: int = 1, restarts: int = 0) -> lis
     return [sys.executable, *(torchrun if ranks > 1 else []), "-m", "cammask_fast", *map(str, argv)]
 
 
-def run(argv: Sequence[object], *, ranks: int = 1, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+def run(argv: Sequence[object], *, ranks: int = 1, restarts: int = 0, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
+    """To its end, in at most `limit` seconds."""
     words = command(argv, ranks=ranks, restarts=restarts)
-    return subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, check=False)
+    return subprocess.run(words, capture_output=True, text=True, timeout=limit, check=False)
 
 
 def start(argv: Sequence[object], *, ranks: int = 1, restarts: int = 0, log: Path) -> subprocess.Popen[bytes]:

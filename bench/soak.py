@@ -78,7 +78,10 @@ def soak(folder: Path, *, minutes: float, seed: int) -> dict[str, object]:
         more = ["--val-share", 0.1, "--max-bad", 0.1, "--workers", 1, "--timeout", 60, "--loader", "torch"]
         return ["train", "--data", data, "--out", to, *options, *more]
 
-    done = run(argv(whole), ranks=RANKS)
+    try:
+        done = run(argv(whole), ranks=RANKS, limit=60 * minutes)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"--minutes: the undisturbed run alone takes more than {minutes:g} on this machine") from None
     if done.returncode:
         raise ValueError(f"the undisturbed run failed: {done.stderr[-500:]}")
     steps = last_step(whole)

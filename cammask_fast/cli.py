@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import cammask_fast
 from cammask_fast import __version__
-from cammask_fast.config import COMPILE, METHODS, PRECISIONS, TrainConfig, load_recipe, recipe_names
-from cammask_fast.environment import launched, restarts
-from cammask_fast.interruption import EXIT_CODE, Interrupted, StopSignal
-
-if TYPE_CHECKING:  # torch and what needs it are imported where they are used: `cammask --help` answers at once
-    from cammask_fast.data.loading import Loading
-    from cammask_fast.data.sources import EvaluationSet, TrainingData
-    from cammask_fast.distributed import World
-    from cammask_fast.evaluate import Score
-    from cammask_fast.model.classifier import Classifier
-
-TRAIN_OPTIONS = (
-    "method", "masking", "distill", "cam", "cam_start_layer", "upsample", "w_distill", "epochs", "batch_size",
-    "accumulate", "donors", "max_skipped", "seed", "alpha", "precision", "compile",
-)  # fmt: skip
-
-Options = dict[str, Any]
+from cammask_fast.config import COMPILE, METHODS, PRECISIONS
+from cammask_fast.environment import launched
+from cammask_fast.interruption import EXIT_CODE, Interrupted
 
 SCORES = "folder of scores.json, scores.csv, per_class.csv and the list of unreadable images (default: only printed)"
 
@@ -51,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["bench"]:  # has its own parser
             return run_bench(arguments[1:])
         args = build_parser().parse_args(arguments)
-        args.run(vars(args))
+        run_command(vars(args))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError) as error:
@@ -61,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         return _fail(_of_the_world(error), 2)
     return 0
+
+
+def run_command(args: dict[str, Any]) -> None:
+    """Import the command's module only now: `cammask --help` answers without PyTorch."""
+    module, function = args["run"].split(".")
+    getattr(import_module(f"cammask_fast.commands.{module}"), function)(args)
 
 
 def _fail(message: str, code: int, *, kind: str = "error: ") -> int:
@@ -100,17 +89,17 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"cammask {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[Options], None], text: str, *, inside: Any = commands) -> Parser:
+    def command(name: str, run: str, text: str, *, inside: Any = commands) -> Parser:
         sub: Parser = inside.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
 
-    demo = command("demo", run_demo_command, "fine-tune the shipped tiny CLIP with every method and write a report")
+    demo = command("demo", "tiny_clip.run_demo_command", "fine-tune the shipped tiny CLIP with every method and write a report")
     demo.add_argument("--full", action="store_true", help="all strategies, both CAMs and distillations")
     demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     _shared(demo, out=("demo", "folder of the report"), devices=("cpu",))
 
-    train = command("train", run_train, "fine-tune a CLIP on a folder of images or on the embedded benchmark")
+    train = command("train", "training.run_train", "fine-tune a CLIP on a folder of images or on the embedded benchmark")
     _data(train)
     _model(train)
     _class_text(train)
@@ -120,19 +109,19 @@ def build_parser() -> Parser:
     _shared(train, out=(None, folder), precisions=PRECISIONS)
 
     text = "accuracy of a checkpoint on folders, shards, ImageNet and its shifts, or the benchmark's test sets"
-    evaluate = command("evaluate", run_evaluate, text)
+    evaluate = command("evaluate", "evaluation.run_evaluate", text)
     evaluate.add_argument("--checkpoint", type=Path, required=True)
     evaluate.add_argument("--arch", help="refuse a checkpoint of any other architecture")
     _data(evaluate, table=True)
     _shared(evaluate, out=(None, SCORES), precisions=PRECISIONS)
 
-    zeroshot = command("zeroshot", run_zeroshot, "accuracy of a pre-trained CLIP without any training")
+    zeroshot = command("zeroshot", "evaluation.run_zeroshot", "accuracy of a pre-trained CLIP without any training")
     _data(zeroshot, table=True)
     _model(zeroshot)
     _class_text(zeroshot)
     _shared(zeroshot, out=(None, SCORES), precisions=PRECISIONS)
 
-    wise = command("wise-ft", run_wise_ft, "evaluate interpolations between zero-shot and fine-tuned weights")
+    wise = command("wise-ft", "evaluation.run_wise_ft", "evaluate interpolations between zero-shot and fine-tuned weights")
     wise.add_argument("--start", type=Path, required=True, help="zero-shot checkpoint: `train --method zeroshot` writes one")
     wise.add_argument("--end", type=Path, required=True, help="fine-tuned checkpoint: last.safetensors of `train --method ft`")
     wise.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="ALPHA")
@@ -143,7 +132,7 @@ def build_parser() -> Parser:
         precisions=PRECISIONS,
     )
 
-    mask = command("mask", run_mask, "CAM, masks and counterfactuals of photographs for any text prompt, as a PNG")
+    mask = command("mask", "images.run_mask", "CAM, masks and counterfactuals of photographs for any text prompt, as a PNG")
     mask.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     mask.add_argument("--class", dest="prompts", action="append", required=True, metavar="PROMPT", help="repeat for more rows")
     mask.add_argument("--donors", type=Path, metavar="FOLDER", help="images to fill from (default: the other photographs)")
@@ -153,20 +142,22 @@ def build_parser() -> Parser:
     _model(mask)
     _shared(mask, out=("mask.png", "PNG file"))
 
-    command("recipes", run_recipes, "list the recipes for train --recipe")
+    command("recipes", "recipes.run_recipes", "list the recipes for train --recipe")
 
-    pretrain = command("pretrain", run_pretrain, "pre-train the tiny CLIP on the benchmark's web images")
+    pretrain = command("pretrain", "tiny_clip.run_pretrain", "pre-train the tiny CLIP on the benchmark's web images")
     pretrain.add_argument("--images", type=int, help="default: as for the shipped weights")
     pretrain.add_argument("--epochs", type=int, help="default: as for the shipped weights")
     pretrain.add_argument("--seed", type=int, default=0)
     _shared(pretrain, out=("tiny-clip", "folder of tiny_clip.safetensors and tiny_clip.json"), devices=("cpu",))
 
     actions = commands.add_parser("data", help="look at data").add_subparsers(metavar="ACTION", required=True)
-    preview = command("preview", run_preview, "write a contact sheet of the benchmark or a folder", inside=actions)
+    preview = command("preview", "images.run_preview", "write a contact sheet of the benchmark or a folder", inside=actions)
     _data(preview)
     preview.add_argument("--seed", type=int, default=0, help="seed of the benchmark's training images")
     preview.add_argument("--out", type=Path, default=Path("preview.png"), help="PNG file (default: %(default)s)")
-    pack = command("pack", run_pack, "write tar shards of an image folder; run again to go on after a stop", inside=actions)
+    pack = command(
+        "pack", "images.run_pack", "write tar shards of an image folder; run again to go on after a stop", inside=actions
+    )
     pack.add_argument("folder", metavar="FOLDER", help="class folders, perhaps in train/ and val/")
     pack.add_argument("out", type=Path, metavar="OUT", help="folder of the shards")
     pack.add_argument("--per-shard", type=int, default=1000, help="images per shard (default: %(default)s)")
@@ -276,438 +267,6 @@ def _surviving(parser: Parser) -> None:
     text = "without progress for so long, end all processes (default: 600)"
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out, or begun there")
-
-
-def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:
-    """The recipe's `[train]` table under the options that were given."""
-    values = {**recipe, **{name: args[name] for name in TRAIN_OPTIONS if args[name] is not None}}
-    if args["lr"] is not None:
-        values["optim"] = {**values.get("optim", {}), "lr": args["lr"]}
-    return TrainConfig.from_dict(values)
-
-
-def device_of(args: Options) -> str:
-    import torch
-
-    if args["device"] == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return args["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def run_demo_command(args: Options) -> None:
-    from cammask_fast.demo import run_demo
-
-    if len(set(args["seeds"])) < len(args["seeds"]) or min(args["seeds"]) < 0:
-        raise ValueError(f"--seeds: expected different seeds, 0 or more, got {' '.join(map(str, args['seeds']))}")
-    run_demo(args["out"], full=args["full"], seeds=tuple(args["seeds"]))
-
-
-def run_train(args: Options) -> None:
-    from cammask_fast.distributed import world
-
-    recipe = load_recipe(args["recipe"]) if args["recipe"] else {}
-    config = train_config(args, recipe.get("train", {}))
-    positive(args, "save_every", "keep", "log_every", "timeout")
-    out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
-    if (out / "run.json").exists() and restarts() and not args["overwrite"]:
-        return  # another process failed after the run was complete
-    if not args["overwrite"] and (out / "run.json").exists():
-        raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
-    with world(device_of(args), timeout=args["timeout"]) as here, StopSignal() as stop:
-        train_here(args, recipe, config, out, here, stop)
-
-
-def train_here(args: Options, recipe: Mapping[str, Any], config: TrainConfig, out: Path, here: World, stop: StopSignal) -> None:
-    """A process's part of `train`; the first one prints and writes."""
-    from cammask_fast.checkpoint import describe_run
-    from cammask_fast.data.decode import Augment
-    from cammask_fast.data.sources import Selection, class_list, open_training
-    from cammask_fast.distributed import refuse_differences
-    from cammask_fast.evaluate import accuracy
-    from cammask_fast.model.pretrained import vit_config
-    from cammask_fast.run_folder import RunLock, clear
-    from cammask_fast.step import build_strategy
-
-    build_strategy(config)
-    arch = args["arch"] or recipe.get("arch", "tiny")
-    pretrained = args["pretrained"] or ("" if args["arch"] else recipe.get("pretrained", ""))
-    device, vit = device_of(args), vit_config(arch)
-    trains = config.resolved.trained != "none"
-    selection = Selection(
-        val_share=args["val_share"], val_images=args["val_images"], shots=args["shots"], classes=class_list(args["classes"])
-    )
-    data = open_training(
-        args["data"], image_size=vit.image_size, batch_size=share_of_batch(config, here) if trains else 1, seed=config.seed,
-        selection=selection, augment=Augment.parse(args["augment"]), class_names=args["class_names"],
-        loading=loading_of(args, device, out, here),
-    )  # fmt: skip
-    model = zero_shot_model(arch, pretrained, data.class_names, args["templates"], device)
-    settings = {
-        **flat(config.to_dict()), "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
-        "augment": args["augment"], "loader": type(data.train).__name__, "processes": here.size,
-        "classes": digest(data.class_folders, data.class_names), "train_labels": digest(data.train.labels.tolist()),
-        "templates": digest(args["templates"] and args["templates"].read_text(encoding="utf-8")), "cammask_fast": __version__,
-    }  # fmt: skip
-    refuse_differences(settings)
-    started = time.perf_counter()
-    with RunLock(out) if here.first else nullcontext():
-        if here.first and args["overwrite"] and (not restarts() or (out / "run.json").exists()):  # else what is there is ours
-            clear(out)
-        models, watched = (
-            train_with_progress(model, data, config, args, out, settings, here, stop) if trains else ({"best": model}, {})
-        )
-        seconds = time.perf_counter() - started
-        score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
-        if here.first:
-            run = {
-                **describe_run(config.to_dict(), score, data.class_names),
-                "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
-                "class_folders": data.class_folders, "train_images": len(data.train.labels), "seconds": round(seconds, 1),
-                **watched, "processes": here.size,
-                "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
-            }  # fmt: skip
-            save(out, models, arch, data.class_names, run)
-            write_last(out / "run.json", json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n")
-            validated = "" if score is None else f"validation accuracy {score:.2f} %, "
-            print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
-        say_unreadable(here, data.train, data.validation)
-
-
-def write_last(path: Path, text: str) -> None:
-    """A file whose presence says that everything before it was written."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def positive(args: Options, *names: str) -> None:
-    for name in names:
-        if not args[name] > 0:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a positive value, got {args[name]}")
-
-
-def share_of_batch(config: TrainConfig, here: World) -> int:
-    """Images per step and process. Raises ValueError when the batch cannot be shared out."""
-    if config.batch_size % (here.size * config.accumulate):
-        raise ValueError(
-            f"--batch-size: {config.batch_size} images cannot be shared by {here.size} processes with --accumulate "
-            f"{config.accumulate}: choose a multiple of {here.size * config.accumulate}"
-        )
-    return config.batch_size // here.size
-
-
-def flat(settings: Mapping[str, Any]) -> Options:
-    """Settings without tables, under the names of the options."""
-    return {**{name: value for name, value in settings.items() if name != "optim"}, **settings["optim"]}
-
-
-def digest(*items: Any) -> str:
-    """Tells data of one run from those of another, in a few characters."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:12]
-
-
-def loading_of(args: Options, device: str, folder: Path | None, world: World | None = None) -> Loading:
-    """The loaders' options; `folder` gets the list of unreadable images."""
-    import torch
-
-    from cammask_fast.data.loading import REPORT, Loading
-    from cammask_fast.distributed import World
-
-    world = world or World()
-    return Loading(
-        kind=args["loader"], workers=args["workers"], max_bad=args["max_bad"], report=(folder or Path()) / REPORT,
-        device=torch.device(device, world.local_rank) if device == "cuda" else device,
-        rank=world.rank, world_size=world.size,
-        hardware_share=args["hardware_share"],
-    )  # fmt: skip
-
-
-def say_unreadable(here: World, *loaders: Any) -> None:
-    """A line on stderr for every loader that left images out, in any process."""
-    for loader in loaders:
-        bad = getattr(loader, "bad", None)
-        if bad is None:
-            continue
-        bad.gather()
-        if bad and here.first:
-            print(f"cammask: {bad.summary()}", file=sys.stderr)
-
-
-def warn(message: str) -> None:
-    print(f"cammask: warning: {message}", file=sys.stderr)
-
-
-def train_with_progress(
-    model: Classifier, data: TrainingData, config: TrainConfig, args: Options, out: Path, settings: Options, here: World,
-    stop: StopSignal,
-) -> tuple[dict[str, Classifier], Options]:  # fmt: skip
-    """The trained models by name, and what was seen of the run: skipped steps, the share of the time spent waiting for data,
-    how many checkpoints were written and for how many seconds the slowest held up the training."""
-    import torch
-
-    from cammask_fast.checkpoint import Checkpoints
-    from cammask_fast.metrics import TrainingProgress
-    from cammask_fast.run_folder import CHECKPOINTS, RunLog
-    from cammask_fast.train import Run, fine_tune
-
-    steps = config.epochs * len(data.train)
-    log_every = min(args["log_every"], len(data.train))
-    with TrainingProgress(steps * config.batch_size, silent=not here.first) as progress:
-        log = RunLog(out, warn=warn)
-
-        def resumed(step: int, place: Path | None) -> None:
-            log.cut(step)
-            progress.begin(step * config.batch_size)
-            if place is not None:
-                print(f"cammask: going on from step {step} of {steps}, {place}", file=sys.stderr)
-
-        run = Run(world=here, save_every=args["save_every"], settings=settings, stop=lambda: stop.requested)
-        run.debug = out / "debug"
-        if here.first:
-            run.checkpoints = Checkpoints(out / CHECKPOINTS, settings, keep=args["keep"], warn=warn)
-            run.log, run.resumed = log.write, resumed
-        started = time.perf_counter()
-        try:
-            tuned = fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every, run=run)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(out_of_memory(config, here, error)) from None
-        finally:
-            run.finish()
-        seconds = time.perf_counter() - started
-    stalls = [] if run.checkpoints is None else run.checkpoints.stalls
-    watched = {
-        "waited_for_data": round(progress.waited, 4), "skipped_steps": tuned.skipped,
-        "checkpoint_stall": round(max(stalls, default=0.0), 4), "checkpoints_written": len(stalls),
-        "training_seconds": round(seconds, 1),
-    }  # fmt: skip
-    return {"best": tuned.best, "last": tuned.last}, watched
-
-
-def out_of_memory(config: TrainConfig, here: World, error: BaseException) -> str:
-    """What to try, and what keeps the run the same."""
-    own = config.batch_size // here.size
-    first = f"out of memory with {own // config.accumulate} images at a time ({str(error).splitlines()[0]})"
-    more = next((n for n in range(config.accumulate + 1, own + 1) if own % n == 0), None)
-    if more is None:
-        return f"{first}: one image is too many; try a smaller --arch or --precision bf16"
-    smaller = own // more * config.accumulate * here.size
-    return (
-        f"{first}: try --accumulate {more}, which keeps the global batch of {config.batch_size} ({own // more} images at a "
-        f"time), or --batch-size {smaller}"
-    )
-
-
-def zero_shot_model(arch: str, pretrained: str, class_names: Sequence[str], templates: Path | None, device: str) -> Classifier:
-    from cammask_fast.data.folder import read_lines
-    from cammask_fast.model.pretrained import load_pretrained
-
-    chosen = () if templates is None else read_lines(templates)
-    return load_pretrained(arch, pretrained).classifier(class_names, chosen).to(device)
-
-
-def save(folder: Path, models: Mapping[str, Classifier], arch: str, class_names: Sequence[str], run: Options) -> None:
-    """Write `folder`/NAME.safetensors for every model."""
-    from cammask_fast.checkpoint import Description, save_classifier
-
-    for name, model in models.items():
-        description = Description(arch=arch, vit=model.visual.config, class_names=tuple(class_names), run=run)
-        save_classifier(folder / f"{name}.safetensors", model, description)
-
-
-def run_evaluate(args: Options) -> None:
-    from cammask_fast.checkpoint import load_classifier
-    from cammask_fast.data.sources import open_evaluation
-    from cammask_fast.distributed import world
-    from cammask_fast.model.pretrained import vit_config
-
-    device = device_of(args)
-    expected = vit_config(args["arch"]) if args["arch"] else None
-    model, description = load_classifier(args["checkpoint"], expect_vit=expected)
-    folders = description.run.get("class_folders", description.class_names)
-    with world(device) as here:
-        sets = open_evaluation(
-            args["data"], image_size=description.vit.image_size, class_folders=folders,
-            loading=loading_of(args, device, args["out"], here), allow_incomplete=args["allow_incomplete"],
-        )  # fmt: skip
-        scores = {name: of_set[0] for name, of_set in scores_of([model.to(device)], sets, args).items()}
-        show_scores(scores, sets, args, here)
-
-
-def run_zeroshot(args: Options) -> None:
-    from cammask_fast.data.sources import BENCHMARK, folders_of, names_of, open_evaluation
-    from cammask_fast.distributed import world
-    from cammask_fast.model.pretrained import vit_config
-
-    device, arch = device_of(args), args["arch"] or "tiny"
-    folders = folders_of(args["data"])
-    names = folders if args["data"][0] == BENCHMARK else names_of(args["class_names"], folders)
-    with world(device) as here:
-        sets = open_evaluation(
-            args["data"], image_size=vit_config(arch).image_size, class_folders=folders,
-            loading=loading_of(args, device, args["out"], here), allow_incomplete=args["allow_incomplete"],
-        )  # fmt: skip
-        model = zero_shot_model(arch, args["pretrained"], names, args["templates"], device)
-        scores = {name: of_set[0] for name, of_set in scores_of([model], sets, args).items()}
-        show_scores(scores, sets, args, here)
-
-
-def scores_of(models: Sequence[Classifier], sets: Mapping[str, EvaluationSet], args: Options) -> dict[str, list[Score]]:
-    """A score per model on every set, in the precision asked for; each set is read once."""
-    from cammask_fast.evaluate import evaluate
-    from cammask_fast.precision import product_dtype, resolve, use_matrix_units
-
-    device, precision = device_of(args), args["precision"] or "auto"
-    use_matrix_units(resolve(precision, device))
-    models = [model.stored_in(product_dtype(precision, model.head.weight)) for model in models]
-    return {
-        name: evaluate(models, one.loader, groups=one.groups, classes=len(one.class_folders), device=device)
-        for name, one in sets.items()
-    }
-
-
-def average_ood(accuracies: Mapping[str, float]) -> tuple[str, float] | None:
-    """The mean over the sets beside ImageNet or the benchmark's ID set, or over all without these; None for one set."""
-    shifted = [value for name, value in accuracies.items() if name not in ("imagenet", "id")]
-    if len(accuracies) < 2:
-        return None
-    return "average OOD" if len(shifted) < len(accuracies) else "average", sum(shifted) / len(shifted)
-
-
-def show_scores(scores: Mapping[str, Score], sets: Mapping[str, EvaluationSet], args: Options, here: World) -> None:
-    """Print and write the scores, on the first rank."""
-    from cammask_fast.metrics import score_table
-
-    say_unreadable(here, *(one.loader for one in sets.values()))
-    if not here.first:
-        return
-    rows = [
-        {
-            "data": name, "images": score.images, "classes": sum(value is not None for value in score.per_class),
-            "accuracy": score.top1, "top5": score.top5, "calibration_error": score.calibration_error,
-            "per_class": dict(zip(sets[name].class_folders, score.per_class, strict=True)),
-        }
-        for name, score in scores.items()
-    ]  # fmt: skip
-    average = average_ood({name: score.top1 for name, score in scores.items()})
-    record = {"sets": rows, "average": None if average is None else {"name": average[0], "accuracy": average[1]}}
-    text = json.dumps(record, indent=1)
-    if args["out"] is not None:
-        write_scores(args["out"], text, rows)
-    print(text if args["json"] else score_table(rows, average))
-
-
-def write_scores(folder: Path, text: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    import csv
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
-    numbers = ("data", "images", "classes", "accuracy", "top5", "calibration_error")
-    with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([numbers, *([row[name] for name in numbers] for row in rows)])
-    with (folder / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
-        of_class = [(row["data"], name, value) for row in rows for name, value in row["per_class"].items() if value is not None]
-        csv.writer(file).writerows([("data", "class", "accuracy"), *of_class])
-
-
-def run_wise_ft(args: Options) -> None:
-    from cammask_fast.checkpoint import load_classifier
-    from cammask_fast.data.sources import open_evaluation
-    from cammask_fast.distributed import world
-    from cammask_fast.wise_ft import interpolations
-
-    device = device_of(args)
-    start, _ = load_classifier(args["start"])
-    end, description = load_classifier(args["end"], expect_vit=start.visual.config)
-    models = interpolations(start.to(device), end.to(device), args["alphas"])
-    with world(device) as here:
-        sets = open_evaluation(
-            args["data"], image_size=description.vit.image_size,
-            class_folders=description.run.get("class_folders", description.class_names),
-            loading=loading_of(args, device, args["out"], here), allow_incomplete=args["allow_incomplete"],
-        )  # fmt: skip
-        scores = scores_of(models, sets, args)
-        say_unreadable(here, *(one.loader for one in sets.values()))
-        if not here.first:
-            return
-    curve, label = [], "average"
-    for place, alpha in enumerate(args["alphas"]):
-        accuracies = {name: of_set[place].top1 for name, of_set in scores.items()}
-        label, average = average_ood(accuracies) or (label, None)
-        curve.append({"alpha": alpha, "accuracy": accuracies, "average": average})
-    text = json.dumps(curve, indent=1)
-    if args["out"] is not None:
-        for alpha, model in zip(args["alphas"], models, strict=True):
-            run = {**description.run, "validation_accuracy": None, "alpha": alpha}
-            save(args["out"], {f"alpha-{alpha:.2f}": model}, description.arch, description.class_names, run)
-        (args["out"] / "scores.json").write_text(text + "\n", encoding="utf-8")
-    if args["json"]:
-        print(text)
-        return
-    columns = [*sets, label] if len(sets) > 1 else list(sets)
-    print("alpha  " + "  ".join(f"{name:>6}" for name in columns))
-    for row in curve:
-        values = [*row["accuracy"].values(), row["average"]]
-        cells = [f"{value:{max(6, len(name))}.2f}" for name, value in zip(columns, values, strict=False)]
-        print(f"{row['alpha']:5.2f}  " + "  ".join(cells))
-
-
-def run_mask(args: Options) -> None:
-    from cammask_fast.photographs import mask_photographs
-
-    mask_photographs(
-        args["images"], args["prompts"], out=args["out"], arch=args["arch"] or "tiny", pretrained=args["pretrained"],
-        donors=args["donors"], masking=args["masking"], cam=args["cam"], seed=args["seed"], device=device_of(args),
-    )  # fmt: skip
-    print(f"written to {args['out']}")
-
-
-def run_recipes(_args: Options) -> None:
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        config = TrainConfig.from_dict(recipe["train"])
-        strategy = config.resolved.masking
-        print(f"{name:26}  {recipe['arch']:9}  {config.method}" + ("" if strategy == "none" else f"  {strategy}"))
-
-
-def run_pretrain(args: Options) -> None:
-    from cammask_fast.pretrain import PretrainConfig, pretrain, save_pretrained
-
-    given = {name: args[name] for name in ("images", "epochs", "seed") if args[name] is not None}
-    config = PretrainConfig(**given)
-    command = " ".join(["cammask pretrain", *(f"--{name} {value}" for name, value in given.items())])
-    accuracies = save_pretrained(args["out"], pretrain(config, progress=print), config, command=command)
-    print("zero-shot " + ", ".join(f"{name} {value:.1f} %" for name, value in accuracies.items()))
-
-
-def run_preview(args: Options) -> None:
-    from cammask_fast.data.sources import preview_rows
-    from cammask_fast.pictures import contact_sheet
-
-    args["out"].parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(args["out"], preview_rows(args["data"], seed=args["seed"]))
-    print(f"written to {args['out']}")
-
-
-def run_pack(args: Options) -> None:
-    from cammask_fast.data.bad_samples import BadSamples
-    from cammask_fast.data.folder import scan
-    from cammask_fast.data.loading import REPORT
-    from cammask_fast.data.pack import pack
-
-    root, out = Path(args["folder"]), args["out"]
-    splits = [name for name in ("train", "val") if (root / name).is_dir()] or [""]
-    for split in splits:
-        source = scan(root / split)
-        bad = BadSamples(source.where, len(source), max_share=args["max_bad"], report=out / split / REPORT)
-        shards = pack(
-            source, out / split, per_shard=args["per_shard"], resize=args["resize"], quality=args["quality"], seed=args["seed"],
-            bad=bad, progress=lambda done, total: print(f"{done}/{total} images", file=sys.stderr),
-        )  # fmt: skip
-        print(f"{len(source) - len(bad)} images in {len(shards)} shards written to {out / split}")
-        if bad:
-            print(f"cammask: {bad.summary()}", file=sys.stderr)
 
 
 def run_bench(arguments: Sequence[str]) -> int:

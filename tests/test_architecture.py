@@ -13,7 +13,7 @@ STAGES = (
     "environment", "config", "precision", "metrics", "distributed", "interruption", "run_folder",
     "assets", "recipes", "kernels", "data", "model", "cam", "masking",
     "losses", "optim", "state", "step", "checkpoint", "evaluate", "wise_ft", "train",
-    "pretrain", "pictures", "photographs", "report", "demo", "cli", "__main__",
+    "pretrain", "pictures", "photographs", "report", "demo", "commands", "cli", "__main__",
 )  # fmt: skip
 
 
@@ -55,6 +55,12 @@ def test_imports_point_to_earlier_stages(path: Path) -> None:
 def test_a_wrong_import_is_caught() -> None:
     assert violations("from cammask_fast.train import fine_tune", "cammask_fast.model.vit") == ["cammask_fast.train"]
     assert violations("from cammask_fast.model.vit import Taps", "cammask_fast.train") == []
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    """The wheel holds packages only."""
+    for path in (ROOT / "cammask_fast").rglob("*.py"):
+        assert (path.parent / "__init__.py").is_file(), path
 
 
 def test_kernels_import_only_torch_triton_and_themselves() -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cammask_fast import cli
 from cammask_fast.checkpoint import load_classifier
 from cammask_fast.cli import main
+from cammask_fast.commands import recipes
 from cammask_fast.config import TrainConfig, load_recipe, recipe_names
 from cammask_fast.masking import parse_strategy
 from cammask_fast.model.zero_shot import load_tiny_clip
@@ -301,9 +301,9 @@ def test_ctrl_c_and_system_errors_are_one_line(capsys: pytest.CaptureFixture[str
     def full(_args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli, "run_recipes", stop)
+    monkeypatch.setattr(recipes, "run_recipes", stop)
     assert "interrupted" in fails(capsys, "recipes", code=130)
-    monkeypatch.setattr(cli, "run_recipes", full)
+    monkeypatch.setattr(recipes, "run_recipes", full)
     assert "No space left on device" in fails(capsys, "recipes")
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from cammask_fast.checkpoint import load_classifier
 from cammask_fast.checkpoint.training import read_checkpoint, write_checkpoint
-from cammask_fast.cli import TRAIN_OPTIONS, main
+from cammask_fast.cli import main
+from cammask_fast.commands.training import TRAIN_OPTIONS
 from cammask_fast.config import METHODS, TrainConfig
 
 ODD = st.one_of(

@@ -15,6 +15,7 @@ import torch
 
 from cammask_fast.checkpoint.training import read_checkpoint
 from cammask_fast.cli import main
+from cammask_fast.commands import training
 from tests.processes import assert_same_run, kill, last_step, logged, photo_folder, run, start, trainers, wait_for
 
 STEPS = 42
@@ -142,6 +143,25 @@ def test_other_settings_are_refused(
     assert message in error
     assert "was begun with other settings" in error
     assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_overwrite_replaces_the_old_run_once(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun repeats the whole command after a fault: what the first attempt saved must outlive `--overwrite`."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert main([str(word) for word in train(photos, whole)]) == 0
+    assert main([str(word) for word in train(photos, out, "--lr", "1e-5", "--epochs", 1)]) == 0
+    interrupted(photos, out, monkeypatch, "--overwrite")
+    assert not (out / "run.json").exists()
+    monkeypatch.setattr(training, "restarts", lambda: 1)
+    capsys.readouterr()
+    assert main([str(word) for word in train(photos, out, "--overwrite")]) == 0
+    assert "going on from step 18 of 42" in capsys.readouterr().err
+    assert_same_run(out, whole)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert main([str(word) for word in train(photos, out)]) == 0, "a fault after the end leaves nothing to do"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_harmless_settings_may_change(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

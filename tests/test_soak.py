@@ -10,6 +10,7 @@ import pytest
 from bench import soak
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_two_minutes_of_faults(capsys: pytest.CaptureFixture[str]) -> None:
     code = soak.main(argparse.Namespace(minutes=2, seed=1, json=True, keep=None, out=None))

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from cammask_fast import run_folder
 from cammask_fast import train as train_module
 from cammask_fast.checkpoint import Checkpoints, training
-from cammask_fast.cli import main, out_of_memory
+from cammask_fast.cli import main
+from cammask_fast.commands.training import out_of_memory
 from cammask_fast.config import TrainConfig
 from cammask_fast.distributed import World
 from cammask_fast.run_folder import RunLock

@@ -1,0 +1,44 @@
+"""`cammask mask`, `data preview` and `data pack`: images in, images out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cammask_fast.commands.shared import Options, device_of
+from cammask_fast.data.bad_samples import BadSamples
+from cammask_fast.data.folder import scan
+from cammask_fast.data.loading import REPORT
+from cammask_fast.data.pack import pack
+from cammask_fast.data.sources import preview_rows
+from cammask_fast.photographs import mask_photographs
+from cammask_fast.pictures import contact_sheet
+
+
+def run_mask(args: Options) -> None:
+    mask_photographs(
+        args["images"], args["prompts"], out=args["out"], arch=args["arch"] or "tiny", pretrained=args["pretrained"],
+        donors=args["donors"], masking=args["masking"], cam=args["cam"], seed=args["seed"], device=device_of(args),
+    )  # fmt: skip
+    print(f"written to {args['out']}")
+
+
+def run_preview(args: Options) -> None:
+    args["out"].parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(args["out"], preview_rows(args["data"], seed=args["seed"]))
+    print(f"written to {args['out']}")
+
+
+def run_pack(args: Options) -> None:
+    root, out = Path(args["folder"]), args["out"]
+    splits = [name for name in ("train", "val") if (root / name).is_dir()] or [""]
+    for split in splits:
+        source = scan(root / split)
+        bad = BadSamples(source.where, len(source), max_share=args["max_bad"], report=out / split / REPORT)
+        shards = pack(
+            source, out / split, per_shard=args["per_shard"], resize=args["resize"], quality=args["quality"], seed=args["seed"],
+            bad=bad, progress=lambda done, total: print(f"{done}/{total} images", file=sys.stderr),
+        )  # fmt: skip
+        print(f"{len(source) - len(bad)} images in {len(shards)} shards written to {out / split}")
+        if bad:
+            print(f"cammask: {bad.summary()}", file=sys.stderr)

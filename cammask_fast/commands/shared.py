@@ -1,0 +1,63 @@
+"""What several commands do with their options: the device, the loaders, the model, the files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cammask_fast.checkpoint import Description, save_classifier
+from cammask_fast.data.folder import read_lines
+from cammask_fast.data.loading import REPORT, Loading
+from cammask_fast.distributed import World
+from cammask_fast.model.classifier import Classifier
+from cammask_fast.model.pretrained import load_pretrained
+
+Options = dict[str, Any]
+
+
+def device_of(args: Options) -> str:
+    if args["device"] == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    return args["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def loading_of(args: Options, device: str, folder: Path | None, world: World | None = None) -> Loading:
+    """The loaders' options; `folder` gets the list of unreadable images."""
+    world = world or World()
+    return Loading(
+        kind=args["loader"], workers=args["workers"], max_bad=args["max_bad"], report=(folder or Path()) / REPORT,
+        device=torch.device(device, world.local_rank) if device == "cuda" else device,
+        rank=world.rank, world_size=world.size,
+        hardware_share=args["hardware_share"],
+    )  # fmt: skip
+
+
+def zero_shot_model(arch: str, pretrained: str, class_names: Sequence[str], templates: Path | None, device: str) -> Classifier:
+    chosen = () if templates is None else read_lines(templates)
+    return load_pretrained(arch, pretrained).classifier(class_names, chosen).to(device)
+
+
+def save(folder: Path, models: Mapping[str, Classifier], arch: str, class_names: Sequence[str], run: Options) -> None:
+    """Write `folder`/NAME.safetensors for every model."""
+    for name, model in models.items():
+        description = Description(arch=arch, vit=model.visual.config, class_names=tuple(class_names), run=run)
+        save_classifier(folder / f"{name}.safetensors", model, description)
+
+
+def say_unreadable(here: World, *loaders: Any) -> None:
+    """A line on stderr for every loader that left images out, in any process."""
+    for loader in loaders:
+        bad = getattr(loader, "bad", None)
+        if bad is None:
+            continue
+        bad.gather()
+        if bad and here.first:
+            print(f"cammask: {bad.summary()}", file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    print(f"cammask: warning: {message}", file=sys.stderr)

@@ -1,0 +1,191 @@
+"""`cammask train`: one process, or one of several under torchrun."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cammask_fast import __version__
+from cammask_fast.checkpoint import Checkpoints, describe_run
+from cammask_fast.commands.shared import Options, device_of, loading_of, save, say_unreadable, warn, zero_shot_model
+from cammask_fast.config import TrainConfig, load_recipe
+from cammask_fast.data.decode import Augment
+from cammask_fast.data.sources import Selection, TrainingData, class_list, open_training
+from cammask_fast.distributed import World, refuse_differences, world
+from cammask_fast.environment import restarts
+from cammask_fast.evaluate import accuracy
+from cammask_fast.interruption import StopSignal
+from cammask_fast.metrics import TrainingProgress
+from cammask_fast.model.classifier import Classifier
+from cammask_fast.model.pretrained import vit_config
+from cammask_fast.run_folder import CHECKPOINTS, RunLock, RunLog, clear
+from cammask_fast.step import build_strategy
+from cammask_fast.train import Run, fine_tune
+
+TRAIN_OPTIONS = (
+    "method", "masking", "distill", "cam", "cam_start_layer", "upsample", "w_distill", "epochs", "batch_size",
+    "accumulate", "donors", "max_skipped", "seed", "alpha", "precision", "compile",
+)  # fmt: skip
+
+
+def run_train(args: Options) -> None:
+    recipe = load_recipe(args["recipe"]) if args["recipe"] else {}
+    config = train_config(args, recipe.get("train", {}))
+    positive(args, "save_every", "keep", "log_every", "timeout")
+    out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
+    if (out / "run.json").exists() and restarts() and not args["overwrite"]:
+        return  # another process failed after the run was complete
+    if not args["overwrite"] and (out / "run.json").exists():
+        raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
+    with world(device_of(args), timeout=args["timeout"]) as here, StopSignal() as stop:
+        train_here(args, recipe, config, out, here, stop)
+
+
+def train_here(args: Options, recipe: Mapping[str, Any], config: TrainConfig, out: Path, here: World, stop: StopSignal) -> None:
+    """A process's part of `train`; the first one prints and writes."""
+    build_strategy(config)
+    arch = args["arch"] or recipe.get("arch", "tiny")
+    pretrained = args["pretrained"] or ("" if args["arch"] else recipe.get("pretrained", ""))
+    device, vit = device_of(args), vit_config(arch)
+    trains = config.resolved.trained != "none"
+    selection = Selection(
+        val_share=args["val_share"], val_images=args["val_images"], shots=args["shots"], classes=class_list(args["classes"])
+    )
+    data = open_training(
+        args["data"], image_size=vit.image_size, batch_size=share_of_batch(config, here) if trains else 1, seed=config.seed,
+        selection=selection, augment=Augment.parse(args["augment"]), class_names=args["class_names"],
+        loading=loading_of(args, device, out, here),
+    )  # fmt: skip
+    model = zero_shot_model(arch, pretrained, data.class_names, args["templates"], device)
+    settings = {
+        **flat(config.to_dict()), "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
+        "augment": args["augment"], "loader": type(data.train).__name__, "processes": here.size,
+        "classes": digest(data.class_folders, data.class_names), "train_labels": digest(data.train.labels.tolist()),
+        "templates": digest(args["templates"] and args["templates"].read_text(encoding="utf-8")), "cammask_fast": __version__,
+    }  # fmt: skip
+    refuse_differences(settings)
+    started = time.perf_counter()
+    with RunLock(out) if here.first else nullcontext():
+        if here.first and args["overwrite"] and (not restarts() or (out / "run.json").exists()):  # else what is there is ours
+            clear(out)
+        models, watched = (
+            train_with_progress(model, data, config, args, out, settings, here, stop) if trains else ({"best": model}, {})
+        )
+        seconds = time.perf_counter() - started
+        score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
+        if here.first:
+            run = {
+                **describe_run(config.to_dict(), score, data.class_names),
+                "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
+                "class_folders": data.class_folders, "train_images": len(data.train.labels), "seconds": round(seconds, 1),
+                **watched, "processes": here.size,
+                "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
+            }  # fmt: skip
+            save(out, models, arch, data.class_names, run)
+            write_last(out / "run.json", json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n")
+            validated = "" if score is None else f"validation accuracy {score:.2f} %, "
+            print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
+        say_unreadable(here, data.train, data.validation)
+
+
+def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:
+    """The recipe's `[train]` table under the options that were given."""
+    values = {**recipe, **{name: args[name] for name in TRAIN_OPTIONS if args[name] is not None}}
+    if args["lr"] is not None:
+        values["optim"] = {**values.get("optim", {}), "lr": args["lr"]}
+    return TrainConfig.from_dict(values)
+
+
+def positive(args: Options, *names: str) -> None:
+    for name in names:
+        if not args[name] > 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive value, got {args[name]}")
+
+
+def share_of_batch(config: TrainConfig, here: World) -> int:
+    """Images per step and process. Raises ValueError when the batch cannot be shared out."""
+    if config.batch_size % (here.size * config.accumulate):
+        raise ValueError(
+            f"--batch-size: {config.batch_size} images cannot be shared by {here.size} processes with --accumulate "
+            f"{config.accumulate}: choose a multiple of {here.size * config.accumulate}"
+        )
+    return config.batch_size // here.size
+
+
+def flat(settings: Mapping[str, Any]) -> Options:
+    """Settings without tables, under the names of the options."""
+    return {**{name: value for name, value in settings.items() if name != "optim"}, **settings["optim"]}
+
+
+def digest(*items: Any) -> str:
+    """Tells data of one run from those of another, in a few characters."""
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:12]
+
+
+def train_with_progress(
+    model: Classifier, data: TrainingData, config: TrainConfig, args: Options, out: Path, settings: Options, here: World,
+    stop: StopSignal,
+) -> tuple[dict[str, Classifier], Options]:  # fmt: skip
+    """The trained models by name, and what was seen of the run: skipped steps, the share of the time spent waiting for data,
+    how many checkpoints were written and for how many seconds the slowest held up the training."""
+
+    steps = config.epochs * len(data.train)
+    log_every = min(args["log_every"], len(data.train))
+    with TrainingProgress(steps * config.batch_size, silent=not here.first) as progress:
+        log = RunLog(out, warn=warn)
+
+        def resumed(step: int, place: Path | None) -> None:
+            log.cut(step)
+            progress.begin(step * config.batch_size)
+            if place is not None:
+                print(f"cammask: going on from step {step} of {steps}, {place}", file=sys.stderr)
+
+        run = Run(world=here, save_every=args["save_every"], settings=settings, stop=lambda: stop.requested)
+        run.debug = out / "debug"
+        if here.first:
+            run.checkpoints = Checkpoints(out / CHECKPOINTS, settings, keep=args["keep"], warn=warn)
+            run.log, run.resumed = log.write, resumed
+        started = time.perf_counter()
+        try:
+            tuned = fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every, run=run)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(out_of_memory(config, here, error)) from None
+        finally:
+            run.finish()
+        seconds = time.perf_counter() - started
+    stalls = [] if run.checkpoints is None else run.checkpoints.stalls
+    watched = {
+        "waited_for_data": round(progress.waited, 4), "skipped_steps": tuned.skipped,
+        "checkpoint_stall": round(max(stalls, default=0.0), 4), "checkpoints_written": len(stalls),
+        "training_seconds": round(seconds, 1),
+    }  # fmt: skip
+    return {"best": tuned.best, "last": tuned.last}, watched
+
+
+def out_of_memory(config: TrainConfig, here: World, error: BaseException) -> str:
+    """What to try, and what keeps the run the same."""
+    own = config.batch_size // here.size
+    first = f"out of memory with {own // config.accumulate} images at a time ({str(error).splitlines()[0]})"
+    more = next((n for n in range(config.accumulate + 1, own + 1) if own % n == 0), None)
+    if more is None:
+        return f"{first}: one image is too many; try a smaller --arch or --precision bf16"
+    smaller = own // more * config.accumulate * here.size
+    return (
+        f"{first}: try --accumulate {more}, which keeps the global batch of {config.batch_size} ({own // more} images at a "
+        f"time), or --batch-size {smaller}"
+    )
+
+
+def write_last(path: Path, text: str) -> None:
+    """A file whose presence says that everything before it was written."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
