@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from cammask_fast.environment import launched, local_rank, restarts
+from cammask_fast.environment import launched, local_rank
 
 TICK = 0.5
 """Seconds between two looks of the watch."""
@@ -29,11 +29,13 @@ FAILED = "failed"
 
 
 class World(NamedTuple):
-    """rank: of this process, 0 to size - 1. size: processes. local_rank: its place on its machine, the CUDA device it uses."""
+    """rank: of this process, 0 to size - 1. size: processes. local_rank: its place on its machine, the CUDA device it uses.
+    attempt: how often torchrun has started the processes before, after a failure."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    attempt: int = 0
 
     @property
     def first(self) -> bool:
@@ -57,18 +59,53 @@ def world(device: str, *, timeout: float = 600.0) -> Iterator[World]:
         torch.cuda.set_device(place)
     longest = timedelta(seconds=timeout + 60)  # the watch comes first: it knows who stands still
     store, rank, size = next(rendezvous("env://", timeout=longest))
-    store = PrefixStore(f"attempt-{restarts()}", store)  # torchrun keeps its store, with the addresses of the dead
+    attempt = meet(store, rank, size, timeout=timeout + 60)
+    store = PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
     _control = dist.new_group(backend="gloo", timeout=longest) if backend == "nccl" else dist.group.WORLD
     _watch = _Watch(store.clone(), rank, size, timeout)
     _watch.start()
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, place, attempt)
         _watch.finish()
         dist.destroy_process_group()  # only where all goes well: it waits for the others
     finally:
         _watch.finish()
         _watch = _control = None
+
+
+def meet(store: Any, rank: int, size: int, *, timeout: float) -> int:
+    """Agree on the number of this attempt, from 0 on, in a store that still holds what the processes of earlier ones wrote.
+
+    torchrun keeps its store when it starts processes again, and its own count differs between machines: one whose processes
+    ended because those of another machine failed does not count that. Rank 0 takes the next number; the others greet it
+    under that number with a word of their own, and know that they were heard by those who live now when it comes back.
+    Raises ValueError after `timeout` seconds.
+    """
+    until, word = time.monotonic() + timeout, os.urandom(8).hex()
+    heard: set[int] = {0}
+    number = str(store.add("attempts", 1) - 1) if rank == 0 else ""
+    if rank == 0:
+        store.set("attempt", number)
+    while time.monotonic() < until:
+        if rank == 0:
+            for other in set(range(size)) - heard:
+                if store.check([f"{number}/hello/{other}"]):
+                    store.set(f"{number}/heard/{other}", store.get(f"{number}/hello/{other}"))
+                    heard.add(other)
+            if len(heard) == size:
+                return int(number)
+        elif store.check(["attempt"]):
+            number = store.get("attempt").decode()
+            store.set(f"{number}/hello/{rank}", word)
+            answer = f"{number}/heard/{rank}"
+            if store.check([answer]) and store.get(answer).decode() == word:
+                return int(number)
+        time.sleep(0.02)
+    missing = ", ".join(map(str, sorted(set(range(size)) - heard))) if rank == 0 else "0"
+    raise ValueError(
+        f"rank {rank} did not meet rank {missing} within {timeout:g} s (--timeout): is torchrun up on all machines?"
+    )
 
 
 _watch: _Watch | None = None

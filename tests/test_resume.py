@@ -7,6 +7,7 @@ import random
 import re
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from cammask_fast.checkpoint.training import read_checkpoint
 from cammask_fast.cli import main
 from cammask_fast.commands import training
+from cammask_fast.distributed import World
 from tests.processes import assert_same_run, kill, last_step, logged, photo_folder, run, start, trainers, wait_for
 
 STEPS = 42
@@ -154,7 +156,7 @@ def test_overwrite_replaces_the_old_run_once(
     assert main([str(word) for word in train(photos, out, "--lr", "1e-5", "--epochs", 1)]) == 0
     interrupted(photos, out, monkeypatch, "--overwrite")
     assert not (out / "run.json").exists()
-    monkeypatch.setattr(training, "restarts", lambda: 1)
+    monkeypatch.setattr(training, "world", lambda *_, **__: nullcontext(World(attempt=1)))
     capsys.readouterr()
     assert main([str(word) for word in train(photos, out, "--overwrite")]) == 0
     assert "going on from step 18 of 42" in capsys.readouterr().err

@@ -19,8 +19,7 @@ from cammask_fast.commands.shared import Options, device_of, loading_of, save, s
 from cammask_fast.config import TrainConfig, load_recipe
 from cammask_fast.data.decode import Augment
 from cammask_fast.data.sources import Selection, TrainingData, class_list, open_training
-from cammask_fast.distributed import World, refuse_differences, world
-from cammask_fast.environment import restarts
+from cammask_fast.distributed import World, collected, refuse_differences, world
 from cammask_fast.evaluate import accuracy
 from cammask_fast.interruption import StopSignal
 from cammask_fast.metrics import TrainingProgress
@@ -41,11 +40,11 @@ def run_train(args: Options) -> None:
     config = train_config(args, recipe.get("train", {}))
     positive(args, "save_every", "keep", "log_every", "timeout")
     out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
-    if (out / "run.json").exists() and restarts() and not args["overwrite"]:
-        return  # another process failed after the run was complete
-    if not args["overwrite"] and (out / "run.json").exists():
-        raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
     with world(device_of(args), timeout=args["timeout"]) as here, StopSignal() as stop:
+        if collected((out / "run.json").exists())[0] and not args["overwrite"]:
+            if here.attempt:
+                return  # another process failed after the run was complete
+            raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
         train_here(args, recipe, config, out, here, stop)
 
 
@@ -74,7 +73,7 @@ def train_here(args: Options, recipe: Mapping[str, Any], config: TrainConfig, ou
     refuse_differences(settings)
     started = time.perf_counter()
     with RunLock(out) if here.first else nullcontext():
-        if here.first and args["overwrite"] and (not restarts() or (out / "run.json").exists()):  # else what is there is ours
+        if here.first and args["overwrite"] and (not here.attempt or (out / "run.json").exists()):  # else what is there is ours
             clear(out)
         models, watched = (
             train_with_progress(model, data, config, args, out, settings, here, stop) if trains else ({"best": model}, {})
