@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from cammask_fast.environment import launched, local_rank
+from cammask_fast.environment import launched, local_rank, restarts
 
 TICK = 0.5
 """Seconds between two looks of the watch."""
@@ -59,8 +59,7 @@ def world(device: str, *, timeout: float = 600.0) -> Iterator[World]:
         torch.cuda.set_device(place)
     longest = timedelta(seconds=timeout + 60)  # the watch comes first: it knows who stands still
     store, rank, size = next(rendezvous("env://", timeout=longest))
-    attempt = meet(store, rank, size, timeout=timeout + 60)
-    store = PrefixStore(f"attempt-{attempt}", store)
+    store, attempt = meet(store, rank, size, timeout=timeout + 60)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
     _control = dist.new_group(backend="gloo", timeout=longest) if backend == "nccl" else dist.group.WORLD
     _watch = _Watch(store.clone(), rank, size, timeout)
@@ -74,35 +73,39 @@ def world(device: str, *, timeout: float = 600.0) -> Iterator[World]:
         _watch = _control = None
 
 
-def meet(store: Any, rank: int, size: int, *, timeout: float) -> int:
-    """Agree on the number of this attempt, from 0 on, in a store that still holds what the processes of earlier ones wrote.
+def meet(store: Any, rank: int, size: int, *, timeout: float) -> tuple[Any, int]:
+    """Agree on a part of the store that is of this attempt alone, and on how many attempts there were before.
 
-    torchrun keeps its store when it starts processes again, and its own count differs between machines: one whose processes
-    ended because those of another machine failed does not count that. Rank 0 takes the next number; the others greet it
-    under that number with a word of their own, and know that they were heard by those who live now when it comes back.
+    torchrun may keep its store, with the addresses of the dead, when it starts processes again, and its count of that differs
+    between machines: one that was replaced begins anew, and one whose processes were healthy does not count. Rank 0 opens the
+    next part; the others greet it there with a word of their own, and when that comes back it was heard by the living.
     Raises ValueError after `timeout` seconds.
     """
     until, word = time.monotonic() + timeout, os.urandom(8).hex()
-    heard: set[int] = {0}
-    number = str(store.add("attempts", 1) - 1) if rank == 0 else ""
+    counts = {0: restarts()}
+    part = str(store.add("parts", 1)) if rank == 0 else ""
     if rank == 0:
-        store.set("attempt", number)
+        store.set("part", part)
     while time.monotonic() < until:
         if rank == 0:
-            for other in set(range(size)) - heard:
-                if store.check([f"{number}/hello/{other}"]):
-                    store.set(f"{number}/heard/{other}", store.get(f"{number}/hello/{other}"))
-                    heard.add(other)
-            if len(heard) == size:
-                return int(number)
-        elif store.check(["attempt"]):
-            number = store.get("attempt").decode()
-            store.set(f"{number}/hello/{rank}", word)
-            answer = f"{number}/heard/{rank}"
-            if store.check([answer]) and store.get(answer).decode() == word:
-                return int(number)
+            for other in set(range(size)) - counts.keys():
+                if store.check([f"{part}/hello/{other}"]):
+                    counts[other] = json.loads(store.get(f"{part}/hello/{other}"))[1]
+            if len(counts) == size:
+                attempt = max(int(part) - 1, *counts.values())
+                for other in range(1, size):
+                    heard = json.loads(store.get(f"{part}/hello/{other}"))[0]
+                    store.set(f"{part}/heard/{other}", json.dumps([heard, attempt]))
+                return PrefixStore(part, store), attempt
+        elif store.check(["part"]):
+            part = store.get("part").decode()
+            store.set(f"{part}/hello/{rank}", json.dumps([word, restarts()]))
+            if store.check([f"{part}/heard/{rank}"]):
+                heard, attempt = json.loads(store.get(f"{part}/heard/{rank}"))
+                if heard == word:
+                    return PrefixStore(part, store), attempt
         time.sleep(0.02)
-    missing = ", ".join(map(str, sorted(set(range(size)) - heard))) if rank == 0 else "0"
+    missing = ", ".join(map(str, sorted(set(range(size)) - counts.keys()))) if rank == 0 else "0"
     raise ValueError(
         f"rank {rank} did not meet rank {missing} within {timeout:g} s (--timeout): is torchrun up on all machines?"
     )
