@@ -250,7 +250,7 @@ def test_locks_of_the_dead_and_of_other_machines(tmp_path: Path, monkeypatch: py
 def test_the_kernel_keeps_out_whom_the_file_does_not_name(tmp_path: Path) -> None:
     """Two runs that start together: the first has the lock, and has not yet written who it is."""
     code = "import fcntl, sys; it = open(sys.argv[1], 'a'); fcntl.lockf(it, fcntl.LOCK_EX); print('held', flush=True); input()"
-    words = [sys.executable, "-c", code, tmp_path / "lock"]
+    words = [sys.executable, "-c", code, str(tmp_path / "lock")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
