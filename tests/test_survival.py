@@ -12,8 +12,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,12 +100,33 @@ def test_a_log_that_cannot_be_written_is_said_once_and_caught_up(tmp_path: Path)
     assert len(said) == 1
     assert "log.jsonl (Is a directory); the run goes on" in said[0]
     log.path.rmdir()
-    log.write({"step": 3})
-    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3]
+    for step in (3, 4):
+        log.write({"step": step})
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4]
     with log.path.open("a") as file:
-        file.write('{"step": 4, "lo')  # a kill
+        file.write('{"step": 5, "lo')  # a kill
     log.cut(2)
     assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_no_half_lines_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    log = run_folder.RunLog(tmp_path, warn=said.append)
+    log.write({"step": 1})
+    opened = Path.open
+
+    @contextmanager
+    def almost_full(path: Path, *options: Any, **more: Any) -> Iterator[SimpleNamespace]:
+        with opened(path, *options, **more) as file:
+            yield SimpleNamespace(tell=file.tell, write=lambda data: file.write(data[:5]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", almost_full)
+        log.write({"step": 2})
+    assert "No space left on device" in said[0]
+    assert log.path.read_text() == '{"step": 1}\n'
+    log.write({"step": 3})
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
