@@ -80,8 +80,8 @@ def test_killed_five_times_and_the_same(photos: Path, tmp_path: Path, ranks: int
 def test_a_stop_in_the_middle_saves_and_goes_on(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM after every tenth step, in one process after another; the exit code says that there is more to do. Mean losses of the
-    log reach over the stops."""
+    """SIGTERM after every tenth step, in one process after another; the exit code says that there is more to do, and the mean
+    losses of the log reach over the stops."""
     sparse = ("--log-every", 7)
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     assert main([str(word) for word in train(photos, whole, *sparse)]) == 0
