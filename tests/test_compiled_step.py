@@ -31,7 +31,7 @@ from cammask_fast.model.classifier import Classifier, keeps_precision
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.model.zero_shot import tiny_classifier
 from cammask_fast.optim import FlatAdamW, clipped_step
-from cammask_fast.state import TrainState
+from cammask_fast.state import Saved, TrainState
 from cammask_fast.step import Losses, build_step, build_strategy, build_train_step, draw_for_step
 from tests.test_step import CONFIGS, TINY, batch, classifier, pair
 
@@ -235,6 +235,45 @@ def test_flat_adamw_is_torchs_adamw(dtype: torch.dtype, scale: float, bad: tuple
             torchs.schedule.step()
     worst, error = furthest(flat.student, torchs.student)
     assert error <= (1e-14 if dtype == torch.float64 else 1e-6), worst
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["eager after", "compiled after"])
+@pytest.mark.parametrize("before", [False, True], ids=["eager before", "compiled before"])
+def test_a_saved_state_goes_on_eagerly_or_compiled(before: bool, after: bool) -> None:
+    """Weights, moments, bias corrections, the place in the schedule (which a skipped step moves on, too) and the tally."""
+
+    def state(*, compiled: bool, seed: int = 0) -> TrainState:
+        config = TrainConfig(method="ft", epochs=1, optim=OptimConfig(lr=0.01, pct_start=0.3))
+        return TrainState.create(classifier(seed=seed), config, steps_per_epoch=20, compiled=compiled)
+
+    def go_on(state: TrainState, *, to: int) -> TrainState:
+        parameters = list(state.student.parameters())
+        while state.step < to:
+            generator, loss = torch.Generator().manual_seed(state.step), torch.tensor(1.0 + state.step)
+            found = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+            if state.step == 3:
+                found[0].fill_(torch.nan)
+            if isinstance(state.optimizer, FlatAdamW):
+                state.note(loss, state.optimizer.update(torch.cat([g.flatten() for g in found]), loss))
+            else:
+                assert state.schedule is not None
+                for parameter, gradient in zip(parameters, found, strict=True):
+                    parameter.grad = gradient
+                state.note(loss, clipped_step(state.optimizer, parameters, loss, clip_norm=1.0))
+                if state.step < 19:
+                    state.schedule.step()
+            state.step += 1
+        return state
+
+    saved, rest = go_on(state(compiled=before), to=9).state_dict()
+    resumed = state(compiled=after, seed=1)
+    resumed.load_state_dict(Saved({name: value.clone() for name, value in saved.items()}, rest))
+    go_on(resumed, to=20)
+    whole = go_on(state(compiled=after), to=20)
+    worst, error = furthest(resumed.student, whole.student)
+    assert error <= (0 if before == after else 1e-14), worst
+    assert torch.equal(resumed.tally, whole.tally)
+    assert resumed.look().skipped == 1
 
 
 def gradients(config: TrainConfig, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Losses]:
