@@ -272,8 +272,7 @@ def test_a_saved_state_goes_on_eagerly_or_compiled(before: bool, after: bool) ->
     whole = go_on(state(compiled=after), to=20)
     worst, error = furthest(resumed.student, whole.student)
     assert error <= (0 if before == after else 1e-14), worst
-    assert torch.equal(resumed.tally, whole.tally)
-    assert resumed.look().skipped == 1
+    assert resumed.tally.tolist() == [sum(range(1, 21)) - 4, 19, 0, 1], "the skipped step's loss, 4, is not in the mean"
 
 
 def gradients(config: TrainConfig, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Losses]:
