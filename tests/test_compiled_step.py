@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.step.authors import build_authors_step, forward
 from bench.step.memory import LiveStorages
+from cammask_fast import distributed
 from cammask_fast.config import OptimConfig, TrainConfig
 from cammask_fast.data.batch import Batch
 from cammask_fast.data.benchmark import evaluation_splits, training_splits
@@ -273,6 +274,23 @@ def test_a_saved_state_goes_on_eagerly_or_compiled(before: bool, after: bool) ->
     worst, error = furthest(resumed.student, whole.student)
     assert error <= (0 if before == after else 1e-14), worst
     assert resumed.tally.tolist() == [sum(range(1, 21)) - 4, 19, 0, 1], "the skipped step's loss, 4, is not in the mean"
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_processes_average_their_gradients(monkeypatch: pytest.MonkeyPatch, compiled: bool, micro_batches: int) -> None:
+    """As if two processes had the same images. First moments, because AdamW's steps hide a factor."""
+    monkeypatch.setattr(distributed, "sum_gradients", lambda gradients, loss: ([2 * g for g in gradients], 2 * loss))
+    config = replace(CONFIGS["ft-fd"], optim=OptimConfig(clip_norm=1e9))
+    found = []
+    for processes in (1, 2):
+        student, teacher = pair()
+        state = TrainState.create(student, config, steps_per_epoch=9, compiled=compiled)
+        step = build_train_step(state, teacher, config, processes=processes, backend="eager")
+        step([(batch(), None)] * micro_batches)
+        moments = state.moments()
+        found.append([state.tally[0], *(moments[name] for name in moments if name.startswith("exp_avg."))])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-15)
 
 
 def gradients(config: TrainConfig, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Losses]:
