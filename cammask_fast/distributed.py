@@ -81,34 +81,33 @@ def meet(store: Any, rank: int, size: int, *, timeout: float) -> tuple[Any, int]
     next part; the others greet it there with a word of their own, and when that comes back it was heard by the living.
     Raises ValueError after `timeout` seconds.
     """
-    until, word = time.monotonic() + timeout, os.urandom(8).hex()
-    counts = {0: restarts()}
-    part = str(store.add("parts", 1)) if rank == 0 else ""
+    word, lost = os.urandom(8).hex(), f"within {timeout:g} s (--timeout): is torchrun up on all machines?"
     if rank == 0:
+        part = str(store.add("parts", 1))
         store.set("part", part)
+        hellos = [f"{part}/hello/{other}" for other in range(1, size)]
+        try:
+            store.wait(hellos, timedelta(seconds=timeout))
+        except RuntimeError:
+            missing = [str(other) for other, hello in enumerate(hellos, 1) if not store.check([hello])]
+            raise ValueError(f"rank 0 did not meet rank {', '.join(missing)} {lost}") from None
+        words, counts = zip(*(json.loads(store.get(hello)) for hello in hellos), strict=True) if hellos else ((), ())
+        attempt = max(int(part) - 1, restarts(), *counts)
+        for other, heard in enumerate(words, 1):
+            store.set(f"{part}/heard/{other}", json.dumps([heard, attempt]))
+        return PrefixStore(part, store), attempt
+    until, greeted = time.monotonic() + timeout, ""
     while time.monotonic() < until:
-        if rank == 0:
-            for other in set(range(size)) - counts.keys():
-                if store.check([f"{part}/hello/{other}"]):
-                    counts[other] = json.loads(store.get(f"{part}/hello/{other}"))[1]
-            if len(counts) == size:
-                attempt = max(int(part) - 1, *counts.values())
-                for other in range(1, size):
-                    heard = json.loads(store.get(f"{part}/hello/{other}"))[0]
-                    store.set(f"{part}/heard/{other}", json.dumps([heard, attempt]))
-                return PrefixStore(part, store), attempt
-        elif store.check(["part"]):
-            part = store.get("part").decode()
+        part = store.get("part").decode() if store.check(["part"]) else ""
+        if part != greeted:
             store.set(f"{part}/hello/{rank}", json.dumps([word, restarts()]))
-            if store.check([f"{part}/heard/{rank}"]):
-                heard, attempt = json.loads(store.get(f"{part}/heard/{rank}"))
-                if heard == word:
-                    return PrefixStore(part, store), attempt
-        time.sleep(0.02)
-    missing = ", ".join(map(str, sorted(set(range(size)) - counts.keys()))) if rank == 0 else "0"
-    raise ValueError(
-        f"rank {rank} did not meet rank {missing} within {timeout:g} s (--timeout): is torchrun up on all machines?"
-    )
+            greeted = part
+        if part and store.check([f"{part}/heard/{rank}"]):
+            heard, attempt = json.loads(store.get(f"{part}/heard/{rank}"))
+            if heard == word:
+                return PrefixStore(part, store), attempt
+        time.sleep(0.05)
+    raise ValueError(f"rank {rank} did not meet rank 0 {lost}")
 
 
 _watch: _Watch | None = None
