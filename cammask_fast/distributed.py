@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from cammask_fast.environment import launched, local_rank, restarts
+from cammask_fast.environment import launched, local_rank
 
 TICK = 0.5
 """Seconds between two looks of the watch."""
@@ -29,13 +29,11 @@ FAILED = "failed"
 
 
 class World(NamedTuple):
-    """rank: of this process, 0 to size - 1. size: processes. local_rank: its place on its machine, the CUDA device it uses.
-    attempt: how often torchrun has started the processes before, after a failure."""
+    """rank: of this process, 0 to size - 1. size: processes. local_rank: its place on its machine, the CUDA device it uses."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    attempt: int = 0
 
     @property
     def first(self) -> bool:
@@ -59,13 +57,13 @@ def world(device: str, *, timeout: float = 600.0) -> Iterator[World]:
         torch.cuda.set_device(place)
     longest = timedelta(seconds=timeout + 60)  # the watch comes first: it knows who stands still
     store, rank, size = next(rendezvous("env://", timeout=longest))
-    store, attempt = meet(store, rank, size, timeout=timeout + 60)
+    store = PrefixStore(meet(store, rank, size, timeout=timeout + 60), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
     _control = dist.new_group(backend="gloo", timeout=longest) if backend == "nccl" else dist.group.WORLD
     _watch = _Watch(store.clone(), rank, size, timeout)
     _watch.start()
     try:
-        yield World(rank, size, place, attempt)
+        yield World(rank, size, place)
         _watch.finish()
         dist.destroy_process_group()  # only where all goes well: it waits for the others
     finally:
@@ -73,8 +71,8 @@ def world(device: str, *, timeout: float = 600.0) -> Iterator[World]:
         _watch = _control = None
 
 
-def meet(store: Any, rank: int, size: int, *, timeout: float) -> tuple[Any, int]:
-    """Agree on a part of the store that is of this attempt alone, and on how many attempts there were before.
+def meet(store: Any, rank: int, size: int, *, timeout: float) -> str:
+    """Agree on a part of the store that is of these processes alone, and return its name.
 
     torchrun may keep its store, with the addresses of the dead, when it starts processes again, and its count of that differs
     between machines: one that was replaced begins anew, and one whose processes were healthy does not count. Rank 0 opens the
@@ -85,27 +83,23 @@ def meet(store: Any, rank: int, size: int, *, timeout: float) -> tuple[Any, int]
     if rank == 0:
         part = str(store.add("parts", 1))
         store.set("part", part)
-        hellos = [f"{part}/hello/{other}" for other in range(1, size)]
+        others = range(1, size)
         try:
-            store.wait(hellos, timedelta(seconds=timeout))
+            store.wait([f"{part}/hello/{other}" for other in others], timedelta(seconds=timeout))
         except RuntimeError:
-            missing = [str(other) for other, hello in enumerate(hellos, 1) if not store.check([hello])]
+            missing = [str(other) for other in others if not store.check([f"{part}/hello/{other}"])]
             raise ValueError(f"rank 0 did not meet rank {', '.join(missing)} {lost}") from None
-        words, counts = zip(*(json.loads(store.get(hello)) for hello in hellos), strict=True) if hellos else ((), ())
-        attempt = max(int(part) - 1, restarts(), *counts)
-        for other, heard in enumerate(words, 1):
-            store.set(f"{part}/heard/{other}", json.dumps([heard, attempt]))
-        return PrefixStore(part, store), attempt
+        for other in others:
+            store.set(f"{part}/heard/{other}", store.get(f"{part}/hello/{other}"))
+        return part
     until, greeted = time.monotonic() + timeout, ""
     while time.monotonic() < until:
         part = store.get("part").decode() if store.check(["part"]) else ""
         if part != greeted:
-            store.set(f"{part}/hello/{rank}", json.dumps([word, restarts()]))
+            store.set(f"{part}/hello/{rank}", word)
             greeted = part
-        if part and store.check([f"{part}/heard/{rank}"]):
-            heard, attempt = json.loads(store.get(f"{part}/heard/{rank}"))
-            if heard == word:
-                return PrefixStore(part, store), attempt
+        if part and store.check([f"{part}/heard/{rank}"]) and store.get(f"{part}/heard/{rank}").decode() == word:
+            return part
         time.sleep(0.05)
     raise ValueError(f"rank {rank} did not meet rank 0 {lost}")
 

@@ -10,11 +10,6 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def restarts() -> int:
-    """How often torchrun has started this process again after a failure, as this machine counts it."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if launched() else 0
-
-
 def local_rank() -> int:
     """The place of this process among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))

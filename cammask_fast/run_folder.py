@@ -11,12 +11,14 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-LOCK, LOG, CHECKPOINTS = "lock", "log.jsonl", "checkpoints"
+from cammask_fast.environment import launched
+
+LOCK, LOG, CHECKPOINTS, LAUNCH = "lock", "log.jsonl", "checkpoints", "launch.json"
 HEARTBEAT = 15.0
 STALE = 60.0
 """Seconds without a heartbeat after which a lock of another machine is stale."""
@@ -58,8 +60,9 @@ class RunLock:
         self._over.set()
         with contextlib.suppress(OSError):
             self._file.truncate(0)
-            if list(self.path.parent.iterdir()) == [self.path]:  # nothing came of the run
-                self.path.unlink()
+            if {path.name for path in self.path.parent.iterdir()} <= {LOCK, LAUNCH}:  # nothing came of the run
+                for name in (LAUNCH, LOCK):
+                    (self.path.parent / name).unlink(missing_ok=True)
                 self.path.parent.rmdir()
         self._file.close()
 
@@ -158,9 +161,31 @@ class RunLog:
             self.failed = True
 
 
+def launcher() -> str | None:
+    """The torchrun that started this process, which stays when it starts its processes again; None without one."""
+    return f"{socket.gethostname()} {os.getppid()} {_born(os.getppid())}" if launched() else None
+
+
+def sign(folder: Path, launchers: Sequence[str | None]) -> None:
+    """Leave word of who works on the run."""
+    part = folder / f"{LAUNCH}.part"
+    with contextlib.suppress(OSError):  # a full disk: only a later attempt of the same launch would read it
+        part.write_text(json.dumps(launchers), encoding="utf-8")
+        part.replace(folder / LAUNCH)
+
+
+def signed_by(folder: Path, launchers: Sequence[str | None]) -> bool:
+    """Whether one of them has worked on the run before, so that what is there is not of an earlier launch."""
+    try:
+        before = json.loads((folder / LAUNCH).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(before, list) and any(one is not None and one in before for one in launchers)
+
+
 def clear(folder: Path) -> None:
     """Remove an earlier run from its folder."""
-    for name in ("run.json", "best.safetensors", "last.safetensors", LOG, "bad_samples.tsv"):
+    for name in ("run.json", "best.safetensors", "last.safetensors", LOG, LAUNCH, "bad_samples.tsv"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 

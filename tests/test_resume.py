@@ -7,17 +7,15 @@ import random
 import re
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cammask_fast import run_folder
 from cammask_fast.checkpoint.training import read_checkpoint
 from cammask_fast.cli import main
-from cammask_fast.commands import training
-from cammask_fast.distributed import World
 from tests.processes import assert_same_run, kill, last_step, logged, photo_folder, run, start, trainers, wait_for
 
 STEPS = 42
@@ -152,20 +150,27 @@ def test_other_settings_are_refused(
 def test_overwrite_replaces_the_old_run_once(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun repeats the whole command after a fault: what the first attempt saved must outlive `--overwrite`."""
+    """torchrun repeats the whole command after a fault: what an earlier attempt has saved must outlive `--overwrite`."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert main([str(word) for word in train(photos, whole)]) == 0
     assert main([str(word) for word in train(photos, out, "--lr", "1e-5", "--epochs", 1)]) == 0
+    monkeypatch.setattr(run_folder, "launched", lambda: True)  # from here on this process is one that torchrun has started
     interrupted(photos, out, monkeypatch, "--overwrite")
     assert not (out / "run.json").exists()
-    monkeypatch.setattr(training, "world", lambda *_, **__: nullcontext(World(attempt=1)))
+    monkeypatch.setattr(run_folder, "launched", lambda: True)  # `interrupted` has undone it
     capsys.readouterr()
     assert main([str(word) for word in train(photos, out, "--overwrite")]) == 0
     assert "going on from step 18 of 42" in capsys.readouterr().err
     assert_same_run(out, whole)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert main([str(word) for word in train(photos, out)]) == 0, "a fault after the end leaves nothing to do"
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    for options in ([], ["--overwrite"]):
+        assert main([str(word) for word in train(photos, out, *options)]) == 0, "a fault after the end leaves nothing to do"
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    monkeypatch.setattr(run_folder, "_born", lambda pid: "another torchrun with the same process number")
+    assert main([str(word) for word in train(photos, out)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main([str(word) for word in train(photos, out, "--overwrite", "--epochs", 1)]) == 0
+    assert last_step(out) == STEPS // 7
 
 
 def test_harmless_settings_may_change(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

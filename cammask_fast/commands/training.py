@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from cammask_fast.interruption import StopSignal
 from cammask_fast.metrics import TrainingProgress
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import vit_config
-from cammask_fast.run_folder import CHECKPOINTS, RunLock, RunLog, clear
+from cammask_fast.run_folder import CHECKPOINTS, RunLock, RunLog, clear, launcher, sign, signed_by
 from cammask_fast.step import build_strategy
 from cammask_fast.train import Run, fine_tune
 
@@ -41,14 +41,19 @@ def run_train(args: Options) -> None:
     positive(args, "save_every", "keep", "log_every", "timeout")
     out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
     with world(device_of(args), timeout=args["timeout"]) as here, StopSignal() as stop:
-        if collected((out / "run.json").exists())[0] and not args["overwrite"]:
-            if here.attempt:
-                return  # another process failed after the run was complete
+        launchers = collected(launcher())
+        complete, ours = collected(((out / "run.json").exists(), signed_by(out, launchers)))[0]  # as rank 0 sees the folder
+        if complete and ours:
+            return  # another process failed after the run was complete
+        if complete and not args["overwrite"]:
             raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
-        train_here(args, recipe, config, out, here, stop)
+        train_here(args, recipe, config, out, here, stop, launchers)
 
 
-def train_here(args: Options, recipe: Mapping[str, Any], config: TrainConfig, out: Path, here: World, stop: StopSignal) -> None:
+def train_here(
+    args: Options, recipe: Mapping[str, Any], config: TrainConfig, out: Path, here: World, stop: StopSignal,
+    launchers: Sequence[str | None],
+) -> None:  # fmt: skip
     """A process's part of `train`; the first one prints and writes."""
     build_strategy(config)
     arch = args["arch"] or recipe.get("arch", "tiny")
@@ -73,8 +78,10 @@ def train_here(args: Options, recipe: Mapping[str, Any], config: TrainConfig, ou
     refuse_differences(settings)
     started = time.perf_counter()
     with RunLock(out) if here.first else nullcontext():
-        if here.first and args["overwrite"] and (not here.attempt or (out / "run.json").exists()):  # else what is there is ours
-            clear(out)
+        if here.first:
+            if args["overwrite"] and not signed_by(out, launchers):
+                clear(out)
+            sign(out, launchers)
         models, watched = (
             train_with_progress(model, data, config, args, out, settings, here, stop) if trains else ({"best": model}, {})
         )
