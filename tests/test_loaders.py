@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -22,7 +23,7 @@ from cammask_fast.data.folder import ImageFolder, scan
 from cammask_fast.data.loading import Loading
 from cammask_fast.data.order import Order
 from cammask_fast.data.pack import pack
-from cammask_fast.data.plain_loader import PlainLoader
+from cammask_fast.data.plain_loader import PlainLoader, alive, read_ahead
 from cammask_fast.data.shards import open_shards
 from tests.test_folder import make_folder, write_image
 
@@ -368,3 +369,34 @@ def test_images_in_memory_resume_too() -> None:
     resumed.load_state_dict(begun.state_dict())
     shown += [batch.labels for batch in resumed]
     assert torch.equal(torch.cat(shown), torch.cat([batch.labels for batch in loader()]))
+
+
+class Collecting(torch.utils.data.Dataset[int]):
+    """Runs the garbage collector where it is read."""
+
+    def __getitem__(self, place: int) -> int:
+        gc.collect()
+        return place
+
+
+def test_a_worker_does_not_finalise_what_it_inherits(tmp_path: Path) -> None:
+    """As a DALI pipeline that is garbage here would make it stand still; here it is finalised in its turn."""
+
+    class Owner:
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        Owner()
+        loader = read_ahead(Collecting(), [0, 1], workers=1)  # type: ignore[arg-type]
+        assert list(alive(loader)) == list(alive(loader)) == [0, 1]
+        assert not list(tmp_path.iterdir())
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]

@@ -5,6 +5,7 @@ It also settles, for both loaders, what becomes of a sample that cannot be read.
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -171,12 +172,24 @@ def _as_it_is(item: Any) -> Any:
 def alive(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's batches; a worker that was killed is a ValueError that says so."""
     try:
-        yield from loader
+        yield from _started(loader)
     except RuntimeError as error:
         reason = worker_died(error)
         if reason is None:
             raise
         raise ValueError(reason) from None
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, with workers that never finalise what they inherit: the end of a DALI pipeline waits for threads
+    that only this process has, and a worker whose garbage collector came upon one would stand still for ever."""
+    others = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        if not others:
+            gc.unfreeze()
 
 
 def worker_died(error: RuntimeError) -> str | None:
