@@ -47,7 +47,7 @@ def world(device: str, *, timeout: float = 600.0) -> Iterator[World]:
     timeout: seconds without progress after which all processes end, naming the one that stands still. An exception in any
     process ends all of them within seconds; see `told`.
     """
-    global _watch, _control
+    global _watch, _control, _failures
     if not launched():
         yield World()
         return
@@ -58,9 +58,11 @@ def world(device: str, *, timeout: float = 600.0) -> Iterator[World]:
     longest = timedelta(seconds=timeout + 60)  # the watch comes first: it knows who stands still
     store, rank, size = next(rendezvous("env://", timeout=longest))
     store = PrefixStore(meet(store, rank, size, timeout=timeout + 60), store)
+    _failures = store.clone(), rank
+    watch = _Watch(store.clone(), rank, size, timeout)  # who is in the group below has told its pid
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
     _control = dist.new_group(backend="gloo", timeout=longest) if backend == "nccl" else dist.group.WORLD
-    _watch = _Watch(store.clone(), rank, size, timeout)
+    _watch = watch
     _watch.start()
     try:
         yield World(rank, size, place)
@@ -149,11 +151,16 @@ class _Watch(threading.Thread):
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float):
         super().__init__(daemon=True)
-        global _failures
-        _failures = (store, rank)
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
-        self.doing, self.beats, self.last = "starting", 0, time.monotonic()
+        self.doing, self.beats, self.ticks, self.last = "starting", 0, 0, time.monotonic()
         self.over = threading.Event()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Where this process stands, for the others to read."""
+        names = {"pid": os.getpid(), "host": socket.gethostname()}
+        status = {"beats": self.beats, "doing": self.doing, "ticks": self.ticks, **names}
+        self.store.set(f"at/{self.rank}", json.dumps(status))
 
     def finish(self) -> None:
         """Wait for the thread too: the interpreter must not end, nor the group go, while it talks to the store."""
@@ -161,18 +168,10 @@ class _Watch(threading.Thread):
         self.join(timeout=10 * TICK)
 
     def run(self) -> None:
-        ticks = 0
         while not self.over.wait(TICK):
-            ticks += 1
+            self.ticks += 1
             try:
-                status = {
-                    "beats": self.beats,
-                    "doing": self.doing,
-                    "ticks": ticks,
-                    "pid": os.getpid(),
-                    "host": socket.gethostname(),
-                }
-                self.store.set(f"at/{self.rank}", json.dumps(status))
+                self._tell()
                 if self.store.check([FAILED]):
                     time.sleep(TICK)  # this process may be about to end by itself
                     self._end(None)
@@ -193,9 +192,7 @@ class _Watch(threading.Thread):
         return f"no progress for {self.timeout:g} s (--timeout): {who} {what}; start again with the same command to go on"
 
     def _statuses(self) -> list[dict[str, Any]]:
-        nothing = json.dumps({"beats": -1, "doing": "starting", "ticks": -1, "pid": "?", "host": "?"})
-        keys = [f"at/{rank}" for rank in range(self.size)]
-        return [json.loads(self.store.get(key) if self.store.check([key]) else nothing) for key in keys]
+        return [json.loads(self.store.get(f"at/{rank}")) for rank in range(self.size)]
 
     def _end(self, message: str | None) -> None:
         if self.over.is_set():

@@ -140,10 +140,17 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(photos: Path, tmp_path: Pat
     assert "does not answer; start again with the same command to go on" in said[0]
 
 
+def test_a_rank_that_stops_before_its_watch_has_looked_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "TICK", 0.01)
+    store = HashStore()
+    first, _ = (distributed._Watch(store, rank, 2, 4.0) for rank in (0, 1))
+    assert f"rank 1 (pid {os.getpid()} on {socket.gethostname()}) does not answer" in first._blame()
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(photos: Path, tmp_path: Path) -> None:
     whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log.txt"
-    options = ("--epochs", 12, "--save-every", 1000)
+    options = ("--epochs", 24, "--save-every", 1000)
     assert run(train(photos, whole, *options), ranks=2).returncode == 0
     process = start(train(photos, out, *options), ranks=2, log=log)
     assert wait_for(lambda: last_step(out) >= 5, process), log.read_text(errors="replace")
@@ -191,7 +198,7 @@ def test_a_machine_that_is_lost_and_comes_back(photos: Path, tmp_path: Path) -> 
     """Two torchruns, as if on two machines; one dies with its process and is started again. From then on they do not agree on
     how often the processes were started."""
     whole, out = tmp_path / "whole", tmp_path / "run"
-    options = ("--epochs", 8, "--save-every", 3, "--overwrite")
+    options = ("--epochs", 16, "--save-every", 3, "--overwrite")
     assert run(train(photos, whole, *options), ranks=2).returncode == 0
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
