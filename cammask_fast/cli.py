@@ -69,7 +69,7 @@ def _fail(message: str, code: int, *, kind: str = "error: ") -> int:
 
 def _of_the_world(error: RuntimeError) -> str:
     """Words for a process that is gone; any other RuntimeError is ours and goes on."""
-    from cammask_fast.data.plain_loader import worker_died
+    from cammask_fast.data.workers import worker_died
     from cammask_fast.distributed import lost_contact, told
 
     died = worker_died(error)

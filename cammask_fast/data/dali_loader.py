@@ -40,7 +40,8 @@ from cammask_fast.data.decode import (
     to_rgb,
 )
 from cammask_fast.data.order import Order, Ordered
-from cammask_fast.data.plain_loader import UNREADABLE, Asked, Decoded, Wanted, alive, note_faults, read_ahead, settled, why
+from cammask_fast.data.plain_loader import UNREADABLE, Asked, Decoded, Wanted, note_faults, settled, why
+from cammask_fast.data.workers import alive, read_ahead, worker_died
 
 HARDWARE_SHARE = 0.75
 """Share of the JPEGs for the hardware decoder of A100, H100 and H200; the others are decoded on the multiprocessors."""
@@ -76,7 +77,7 @@ class EncodedBatches(Dataset[Encoded]):
 
     def __getitem__(self, wanted: Wanted) -> Encoded:
         files, regions, draws, reasons = [], [], [], {}
-        for row, index in enumerate(wanted.sample_ids.tolist()):
+        for row, index in enumerate(wanted.sample_ids):
             try:
                 data, region, draw = self._one(index, wanted)
             except UNREADABLE as error:
@@ -86,7 +87,7 @@ class EncodedBatches(Dataset[Encoded]):
             regions.append(region)
             draws.append(draw)
         return Encoded(
-            sample_ids=wanted.sample_ids,
+            sample_ids=torch.tensor(wanted.sample_ids),
             epoch=wanted.epoch,
             data=torch.from_numpy(np.frombuffer(bytearray().join(files), dtype=np.uint8)),
             lengths=torch.tensor([len(data) for data in files]),
@@ -193,7 +194,7 @@ class DaliLoader(Ordered):
                 self._under_way = False
                 return
             except RuntimeError as error:  # DALI's word for a damaged image; the pipeline cannot be used any more
-                if not self._queue.waiting:
+                if not self._queue.waiting or worker_died(error):
                     raise
                 refused = self._queue.waiting.popleft()
                 self._queue.replay(self._without_refused(refused, error))
@@ -233,7 +234,7 @@ class DaliLoader(Ordered):
         if not refused:
             raise ValueError(f"DALI failed on a batch whose images it takes one by one: {str(error).splitlines()[0]}") from None
         self._asked.plain |= refused
-        return self._encoded[Wanted(encoded.epoch, encoded.sample_ids, frozenset(refused))]
+        return self._encoded[Wanted(encoded.epoch, tuple(encoded.sample_ids.tolist()), frozenset(refused))]
 
     def _takes(self, one: Encoded) -> bool:
         try:

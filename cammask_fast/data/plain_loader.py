@@ -5,33 +5,31 @@ It also settles, for both loaders, what becomes of a sample that cannot be read.
 
 from __future__ import annotations
 
-import gc
-import signal
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cammask_fast.data.bad_samples import BadSamples
 from cammask_fast.data.batch import Batch, ImageSource
 from cammask_fast.data.decode import Transform, decode
 from cammask_fast.data.order import Order, Ordered
+from cammask_fast.data.workers import alive, read_ahead
 
 UNREADABLE = (OSError, EOFError, ValueError)
 """What reading and decoding a sample raise when it is at fault."""
 
 
-GRACE = 20
-"""Seconds between a SIGTERM and the end of a worker."""
-
-
 class Wanted(NamedTuple):
-    """A batch that a loader asks its workers for. plain: ids that DALI has refused, which PIL decodes."""
+    """A batch that a loader asks its workers for: numbers, as a tensor would travel to them through a file and a socket.
+
+    plain: ids that DALI has refused, which PIL decodes.
+    """
 
     epoch: int
-    sample_ids: Tensor
+    sample_ids: tuple[int, ...]
     plain: frozenset[int] = frozenset()
 
 
@@ -51,8 +49,9 @@ class Asked:
         self.plain: set[int] = set()
 
     def __iter__(self) -> Iterator[Wanted]:
-        for ids in self.order.begin():
-            yield Wanted(self.order.epoch, ids, frozenset(self.plain.intersection(ids.tolist())))
+        for batch in self.order.begin():
+            ids = tuple(batch.tolist())
+            yield Wanted(self.order.epoch, ids, frozenset(self.plain.intersection(ids)))
 
     def __len__(self) -> int:
         return len(self.order)
@@ -68,12 +67,12 @@ class DecodedBatches(Dataset[Decoded]):
         size = self.transform.size
         images = torch.zeros((len(wanted.sample_ids), size, size, 3), dtype=torch.uint8)
         reasons = {}
-        for row, index in enumerate(wanted.sample_ids.tolist()):
+        for row, index in enumerate(wanted.sample_ids):
             try:
                 images[row] = decode(self.source.read(index), self.transform, epoch=wanted.epoch, sample_id=index)
             except UNREADABLE as error:
                 reasons[row] = why(error)
-        return Decoded(wanted.sample_ids, images, reasons)
+        return Decoded(torch.tensor(wanted.sample_ids), images, reasons)
 
 
 class Sampled(Protocol):
@@ -143,60 +142,6 @@ class PlainLoader(Ordered):
 
     def _counted(self, batches: Iterator[Batch | None]) -> Iterator[Batch]:
         return (batch for batch in super()._counted(batches) if batch is not None)
-
-
-def read_ahead(dataset: Dataset[Any], asked: Asked, workers: int, *, pin_memory: bool = False) -> DataLoader[Any]:
-    """A DataLoader that asks `dataset` for whole batches."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=asked,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
-        worker_init_fn=_deaf,
-    )
-
-
-def _deaf(worker: int) -> None:
-    """Signals to a whole group of processes are for the one that trains, which saves first: a worker lives on for a while."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def alive(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's batches; a worker that was killed is a ValueError that says so."""
-    try:
-        yield from _started(loader)
-    except RuntimeError as error:
-        reason = worker_died(error)
-        if reason is None:
-            raise
-        raise ValueError(reason) from None
-
-
-def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's iterator, with workers that never finalise what they inherit: the end of a DALI pipeline waits for threads
-    that only this process has, and a worker whose garbage collector came upon one would stand still for ever."""
-    others = gc.get_freeze_count()
-    gc.freeze()
-    try:
-        return iter(loader)
-    finally:
-        if not others:
-            gc.unfreeze()
-
-
-def worker_died(error: RuntimeError) -> str | None:
-    """Words for the end of a worker, which PyTorch raises wherever the main thread happens to be; None for other errors."""
-    if "DataLoader worker" not in str(error):
-        return None
-    return f"a process that reads images was killed ({str(error).splitlines()[0]}): often memory ran out; try fewer --workers"
 
 
 def note_faults(source: ImageSource, bad: BadSamples) -> None:
