@@ -119,15 +119,16 @@ def _centres(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def mean_curves(results: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Per interpolated method the (ID, average OOD) means over seeds, by alpha."""
+    """Per interpolated method the (ID, average OOD) means over seeds, by alpha; alpha 1 is the method itself."""
     curves = {}
+    centres = _centres(results)
     for name, per_seed in results["curves"].items():
         points = []
         for same_alpha in zip(*per_seed, strict=True):
             scores = [score for _, score in same_alpha]
             ood = [statistics.mean(v for k, v in s.items() if k != "id") for s in scores]
             points.append((statistics.mean(s["id"] for s in scores), statistics.mean(ood)))
-        curves[f"zero-shot to {name} (WiSE-FT)"] = points
+        curves[f"zero-shot to {name} (WiSE-FT)"] = [*points, centres[name]]
     return curves
 
 

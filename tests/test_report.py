@@ -24,7 +24,7 @@ def results(**headline: list[float]) -> dict[str, Any]:
         return {"id": identity, "ood": {"flipped": ood, "sketch": ood}, "ood_mean": ood}
 
     masked = {"id": [84.0, 86.0], "ood": [75.0, 75.0]} | headline
-    curve = [[a, {"id": 80 + 10 * a, "flipped": 75 - 10 * a, "sketch": 75 - 10 * a}] for a in (0.0, 1.0)]
+    curve = [[a, {"id": 80 + 10 * a, "flipped": 75 - 10 * a, "sketch": 75 - 10 * a}] for a in (0.0, 0.5)]
     quality = {"energy": 50.0, "masked": 60.0, "area": 40.0}
     return {
         "methods": {
@@ -69,8 +69,8 @@ def test_paired_differences_are_seed_by_seed() -> None:
     assert "+1.00, +2.00 (mean +1.50)" in wise
 
 
-def test_curves_average_over_seeds() -> None:
-    assert list(mean_curves(results()).values()) == [[(80.0, 75.0), (90.0, 65.0)]]
+def test_curves_average_over_seeds_and_end_at_the_method() -> None:
+    assert list(mean_curves(results()).values()) == [[(80.0, 75.0), (85.0, 70.0), (90.0, 65.0)]]
 
 
 def rows() -> list[GalleryRow]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from itertools import pairwise
+from itertools import count, pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +34,25 @@ def test_the_first_faults_are_one_of_every_kind_and_leave_time_to_recover() -> N
         assert steps[0] >= 5
         assert all(later - earlier > 9 for earlier, later in pairwise(steps))
         assert steps[-1] <= 252 - 14
+
+
+@pytest.mark.parametrize(("minutes", "seconds_per_look", "made"), [(4, 1, 12), (4, 1000, 5), (1, 1, 5)])
+def test_only_the_first_of_every_kind_are_made_late(
+    minutes: int, seconds_per_look: int, made: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock of its own and a run that nothing disturbs."""
+    for kind in soak.FAULTS:
+        monkeypatch.setitem(soak.FAULTS, kind, lambda run: None)
+    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=count(0, seconds_per_look).__next__))
+    monkeypatch.setattr(soak, "write_images", lambda folder, generator: folder)
+    monkeypatch.setattr(soak, "run", lambda *args, **options: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(soak, "last_step", lambda out: 252)
+    monkeypatch.setattr(soak, "Disturbed", lambda *args: SimpleNamespace(reaches=lambda step: True, ends=lambda: False))
+    kinds = soak.soak(tmp_path, minutes=minutes, seed=0)["kinds"]
+    assert isinstance(kinds, dict)
+    done = {kind: n for kind, (n, survived) in kinds.items() if kind != "damaged sample" and survived == n}
+    assert done.keys() == soak.FAULTS.keys()
+    assert sum(done.values()) == made
 
 
 def test_too_short_a_soak_is_refused() -> None:

@@ -64,7 +64,7 @@ class Flag:
 def _context() -> BaseContext:
     """The default way to start processes, with such events."""
     usual = type(multiprocessing.get_context())
-    return type("Context", (usual,), {"Event": lambda self: Flag()})()
+    return type("Context", (usual,), {"Event": Flag})()
 
 
 def _as_it_is(item: Any) -> Any:
