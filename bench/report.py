@@ -115,11 +115,14 @@ def step_section(records: Records) -> str:
             "images/s",
             "faster",
             "forward units",
+            "of matmul",
             "activations, MB",
             "peak, MB",
+            "compile, s",
         ]
         section = f"{where}:\n\n{markdown_table(header, rows)}"
-        split = [r["seconds"] for r in records if r.get("op") == "stages" and race_of(r) == race]
+        split = [r["stages"] for r in latest if "stages" in r]  # on a GPU; on a CPU they have a record of their own
+        split += [r["seconds"] for r in records if r.get("op") == "stages" and race_of(r) == race]
         if split:
             whole = sum(split[-1].values())
             shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in split[-1].items())
@@ -145,12 +148,13 @@ def step_section(records: Records) -> str:
 def _step_row(record: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[str]:
     name = record["provider"]
     if "error" in record:
-        return [name, "-", str(record["batch"]), record["error"].split(":")[0], *["-"] * 5]
+        return [name, "-", str(record["batch"]), record["error"].split(":")[0], *["-"] * 7]
     faster = "-" if base is None else f"{record['images_per_second'] / base['images_per_second']:.2f}x"
-    memory = [f"{record[key]:.0f}" if key in record else "-" for key in ("activation_mb", "peak_mb")]
+    share = f"{record['share_of_matmul']:.0%}" if "share_of_matmul" in record else "-"
+    memory = [f"{record[key]:.0f}" if key in record else "-" for key in ("activation_mb", "peak_mb", "compile_seconds")]
     return [
         name, record["precision"], str(record["batch"]), f"{record['seconds_p50']:.3f}", f"{record['images_per_second']:.1f}",
-        faster, f"{record['forward_units']:.2f}", *memory,
+        faster, f"{record['forward_units']:.2f}", share, *memory,
     ]  # fmt: skip
 
 

@@ -22,10 +22,15 @@ from bench.gpu import kernels, tests
 from bench.gpu import step as gpu_step
 from bench.kernels import aot, cpu, static
 from bench.records import ROOT, append, interleaved, markdown_table, read, spread
+from bench.step import race as step_race
+from bench.step.ablations import ABLATIONS
 from bench.step.race import Race
 from cammask_fast import cli
+from cammask_fast.config import TrainConfig
 from cammask_fast.kernels.backend import INTERPRETED, set_backend
 from cammask_fast.kernels.masked_fill import counterfactual_batch
+from cammask_fast.model.classifier import Classifier
+from cammask_fast.model.vit import VisionTransformer
 
 WHERE = {"gpu": "a GPU", "driver": "1.2", "torch": "2.15", "triton": "3.9", "commit": "abc"}
 ON_CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -413,7 +418,15 @@ def step_records() -> list[dict[str, Any]]:
     cpu = shared | {"cpu": "a CPU", "threads": 2, "batch": 2, "forward_units": 9.0, "precision": "fp32"}
     gpu = shared | {"gpu": "a GPU", "forward_units": 9.0, "precision": "bf16"}
     return [
-        cpu | {"provider": "authors", "seconds_p50": 3.0, "images_per_second": 0.7, "activation_mb": 700.0, "peak_mb": 2000.0},
+        cpu
+        | {
+            "provider": "authors",
+            "seconds_p50": 3.0,
+            "images_per_second": 0.7,
+            "activation_mb": 700.0,
+            "peak_mb": 2000.0,
+            "share_of_matmul": 0.789,
+        },
         cpu
         | {"provider": "ours-eager", "seconds_p50": 1.5, "images_per_second": 1.4, "activation_mb": 250.0, "peak_mb": 1500.0},
         cpu | {"op": "ablation", "provider": "ours-eager", "seconds_p50": 1.6, "images_per_second": 1.25},
@@ -421,20 +434,40 @@ def step_records() -> list[dict[str, Any]]:
         {**cpu, "op": "stages", "provider": "ours-eager", "seconds": {"task": 3.0, "cam": 1.0}},
         gpu | {"provider": "authors", "batch": 64, "seconds_p50": 0.4, "images_per_second": 160.0, "peak_mb": 90000.0},
         gpu | {"provider": "authors-compiled", "batch": 512, "error": "out of memory"},
-        gpu | {"provider": "ours-compiled", "batch": 512, "seconds_p50": 0.4, "images_per_second": 1280.0, "peak_mb": 60000.0},
+        gpu
+        | {
+            "provider": "ours-compiled",
+            "batch": 512,
+            "seconds_p50": 0.4,
+            "images_per_second": 1280.0,
+            "peak_mb": 60000.0,
+            "activation_mb": 50000.0,
+            "compile_seconds": 99.0,
+            "share_of_matmul": 0.5,
+        },
+        gpu
+        | {
+            "provider": "ours-eager",
+            "batch": 256,
+            "seconds_p50": 0.8,
+            "images_per_second": 320.0,
+            "stages": {"task": 0.5, "teacher": 0.3, "cam": 0.2},
+        },
     ]
 
 
 def test_the_report_shows_every_race_of_the_step() -> None:
     text = report.step_section(step_records())
     rows = [cells(line) for line in text.splitlines() if line.startswith("| ")]
-    assert ["ours-eager", "fp32", "2", "1.500", "1.4", "2.00x", "9.00", "250", "1500"] in rows
-    assert ["ours-compiled", "bf16", "512", "0.400", "1280.0", "8.00x", "9.00", "-", "60000"] in rows
-    assert ["authors-compiled", "-", "512", "out of memory", "-", "-", "-", "-", "-"] in rows
+    assert ["authors", "fp32", "2", "3.000", "0.7", "1.00x", "9.00", "79%", "700", "2000", "-"] in rows
+    assert ["ours-eager", "fp32", "2", "1.500", "1.4", "2.00x", "9.00", "-", "250", "1500", "-"] in rows
+    assert ["ours-compiled", "bf16", "512", "0.400", "1280.0", "8.00x", "9.00", "50%", "50000", "60000", "99"] in rows
+    assert ["authors-compiled", "-", "512", "out of memory", "-", "-", "-", "-", "-", "-", "-"] in rows
     assert "ViT-B/16, masked-object, batch 2, 2 threads, a CPU, torch 2.15, commit abc:" in text
     assert "each at its largest batch, a GPU" in text
-    assert ["without-x", "fp32", "2", "2.000", "1.0", "0.80x", "9.00", "-", "-"] in rows
+    assert ["without-x", "fp32", "2", "2.000", "1.0", "0.80x", "9.00", "-", "-", "-", "-"] in rows
     assert "Stages of ours-eager: task 75%, cam 25%." in text
+    assert "Stages of ours-eager: task 50%, teacher 30%, cam 20%." in text
     assert report.NO_STEP_ON_GPU not in text
     assert report.step_section(step_records()[:5]).startswith(report.NO_STEP_ON_GPU)
 
@@ -462,6 +495,44 @@ def test_every_provider_runs_at_the_largest_batch_that_fits(tmp_path: Path) -> N
     assert [batch for provider, batch in seen if provider == "authors"] == [512, 256, 128]
     assert records[-1]["error"] == "RuntimeError: broken"
     assert all(r["mode"] == "masked-object" for r in records), "no case starts after the time is over"
+
+
+@pytest.mark.parametrize("provider", ["authors", "ours-compiled"])
+def test_a_case_of_the_step_on_a_gpu_is_complete(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CPU in the place of the GPU, and a stand-in for its memory: 1 000 000 000 bytes at the peak, 10 000 000 held."""
+    said: list[str] = []
+    for name, value in {"synchronize": None, "reset_peak_memory_stats": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1_000_000_000)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", said.append)
+    monkeypatch.setattr(gpu_step, "_matmul_rate", lambda precision: {"fp32": 1e12, "bf16": 4e12}[precision])
+    ours = provider == "ours-compiled"
+    if ours:  # the compiler takes minutes on a CPU
+        monkeypatch.setattr(gpu_step, "optimiser_step", lambda race, provider: lambda: None)
+    race = Race(arch="tiny", config=TrainConfig(method="masked-object", precision="bf16"), batch=4)
+    record = gpu_step.measure(race, provider)
+    assert record["precision"] == ("bf16" if ours else "fp32")
+    assert record["matmul_teraflops"] == (4.0 if ours else 1.0)
+    assert record["share_of_matmul"] == pytest.approx(record["teraflops"] / record["matmul_teraflops"])
+    weights = 4 * sum(p.numel() for p in Classifier(VisionTransformer(race.vit), torch.zeros(1000, 64)).parameters())
+    assert record["peak_mb"] == 1000.0
+    assert record["activation_mb"] == pytest.approx(990.0 - (weights / 1e6 if ours else 0.0)), "gradients are no activations"
+    assert ("compile_seconds" in record) == ours
+    assert ("error" in said) == ours, "a synchronisation inside our compiled step is an error"
+    assert said[-1] == "default"
+
+
+def test_cases_of_the_step_on_a_gpu() -> None:
+    cases = [(op, race.arch, race.config.method, provider) for op, race, provider in gpu_step.cases(["ViT-B/16", "ViT-B/32"])]
+    assert cases[0] == ("step", "ViT-B/16", "masked-object", "ours-compiled"), "the most valuable first"
+    assert len(set(cases)) == len(cases)
+    raced = {case[3] for case in cases if case[:3] == ("step", "ViT-B/16", "masked-object")}
+    assert raced == {*step_race.EAGER, *step_race.COMPILED}
+    ablations = [race for op, race, _ in gpu_step.cases(["ViT-B/16"]) if op == "ablation"]
+    assert len(ablations) == 1 + len(ABLATIONS)
+    assert {race.config.precision for race in ablations} == {"tf32"}
+    assert all(op == "step" for op, *_ in gpu_step.cases(["ViT-L/14"])), "identities are switched off at B/16 only"
 
 
 def test_every_loader_is_measured_on_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,10 @@ def test_records_of_a_tiny_race(tmp_path: Path, capsys: pytest.CaptureFixture[st
         switched_off = record["provider"].removeprefix("without-")
         costs_work = switched_off in ("shared-forward", "cls-last-block", "cls-row")
         assert (record["forward_units"] > 1.01 * ours["forward_units"]) == costs_work, record["provider"]
+    for record in (*steps, *ablations):
+        share = record["flops"] / record["seconds_p50"] / (1e12 * record["matmul_teraflops"])
+        assert record["share_of_matmul"] == pytest.approx(share)
+        assert 0 < share < 1.5, "a product of large matrices is timed, and its operations are counted"
     assert ours["peak_mb"] > ours["activation_mb"]
     assert 0 < authors["seconds_p20"] <= authors["seconds_p50"] <= authors["seconds_p80"]
     assert ours["forward_units"] < authors["forward_units"]
@@ -89,6 +93,14 @@ def test_too_small_races_are_refused(batch: int, repeats: int) -> None:
     options = arguments("--arch", "tiny", "--mode", "ft", "--batch", str(batch), "--repeats", str(repeats))
     with pytest.raises(ValueError, match="--batch: at least 2 images"):
         race.main(options)
+
+
+def test_ablations_in_another_type_than_the_weights_are_refused() -> None:
+    one = race.Race(arch="tiny", config=TrainConfig(method="masked-object", precision="bf16"), batch=2)
+    with pytest.raises(ValueError, match="use --precision fp32 or tf32"):
+        race.optimiser_step(one, "without-cls-row")
+    assert one.precision_of("ours-eager") == "bf16"
+    assert one.precision_of("authors") == "fp32"
 
 
 def test_every_ablation_gives_our_losses_and_gradients() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.records import ROOT, Function, Spread, append, gpu_environment, spread
+from bench.step.matrix_rate import matrix_product
 from cammask_fast.kernels.backend import set_backend
 from cammask_fast.kernels.cls_relevance import cls_relevance
 from cammask_fast.kernels.masked_fill import counterfactual_batch, masked_fill, normalise
@@ -284,8 +285,8 @@ def _rates(device: torch.device, times: Callable[[Function, int], list[float]]) 
     """Bytes per second of a copy of 1 GiB (read and written), floating-point operations per second of a bf16 product."""
     source, target = (torch.zeros(2**30, dtype=torch.uint8, device=device) for _ in range(2))
     copy = 2 * 2**30 / time_call(lambda: target.copy_(source), times).p50
-    left, right = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return copy, 2 * 8192**3 / time_call(lambda: left @ right, times).p50
+    product, flops = matrix_product("cuda", "bf16")
+    return copy, flops / time_call(product, times).p50
 
 
 def cuda_timer(device: torch.device) -> Callable[[Function, int], list[float]]:

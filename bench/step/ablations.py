@@ -22,6 +22,7 @@ from cammask_fast.losses import feature_distillation
 from cammask_fast.masking import Draws, masked_input
 from cammask_fast.model.classifier import Classifier, Prediction
 from cammask_fast.model.vit import Block, Taps
+from cammask_fast.precision import product_dtype
 from cammask_fast.step import Losses, build_strategy
 
 
@@ -103,13 +104,15 @@ def _materialised(block: Block, x: Tensor, cls_only: bool, taps: Taps | None, pr
 
 
 def build_ablated_step(student: Classifier, teacher: Classifier, config: TrainConfig, switches: Switches) -> authors.Step:
-    """The step of a masked feature distillation; adds to the student's `.grad`. Raises ValueError for other methods and for
-    no-fill by threshold."""
+    """The step of a masked feature distillation in the type of the weights; adds to the student's `.grad`. Raises ValueError
+    for other methods, for no-fill by threshold and for other types."""
     strategy, vit = build_strategy(config), student.visual.config
     if strategy is None or config.resolved.distill != "fd" or not strategy.needs_cam:
         raise ValueError("ablations: expected a feature distillation with an object or context mask")
     if strategy.fill == "none" and strategy.threshold is not None:
         raise ValueError("ablations: no-fill by threshold has none")
+    if product_dtype(config.precision, student.head.weight) != student.head.weight.dtype:
+        raise ValueError("ablations: products are in the type of the weights; use --precision fp32 or tf32")
 
     def relevance(images: Tensor, labels: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """The map, and the logits, whose graph is alive with a shared forward."""

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.records import cpu_environment, gpu_environment, interleaved, markdown_table, show
 from bench.step.ablations import ABLATIONS, build_ablated_step
 from bench.step.authors import Step, build_authors_step, forward
+from bench.step.matrix_rate import matrix_product
 from bench.step.memory import LiveStorages
 from bench.step.stages import stages
 from cammask_fast.config import TrainConfig
@@ -64,6 +65,12 @@ class Race:
     def vit(self) -> ViTConfig:
         return ARCHS[self.arch]
 
+    def precision_of(self, provider: str) -> str:
+        """fp32, tf32 or bf16: the type of the provider's products."""
+        if provider.startswith("authors"):
+            return "bf16" if provider == "authors-compiled" else "fp32"
+        return resolve(self.config.precision, self.device)
+
 
 def models(vit: ViTConfig, device: str = "cpu") -> tuple[Classifier, Classifier]:
     """A student a little away from its teacher, with random weights."""
@@ -74,6 +81,13 @@ def models(vit: ViTConfig, device: str = "cpu") -> tuple[Classifier, Classifier]
         for parameter in student.parameters():
             parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter) if parameter.numel() > 1 else 0)
     return student.requires_grad_(True).to(device), teacher.requires_grad_(False).eval().to(device)
+
+
+def trained_bytes(vit: ViTConfig) -> int:
+    """Of the student's float32 weights; their gradients take as many."""
+    with torch.device("meta"):
+        student = Classifier(VisionTransformer(vit), torch.zeros(CLASSES, vit.output_dim))
+    return sum(p.numel() * p.element_size() for p in student.parameters())
 
 
 def random_batch(vit: ViTConfig, count: int, device: str = "cpu") -> Batch:
@@ -199,40 +213,50 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def _to_its_end(function: Callable[[], object], device: str) -> Callable[[], None]:
+    """The call and the wait for what it started on the device."""
+
+    def run() -> None:
+        function()
+        _wait(device)
+
+    return run
+
+
 def run_race(race: Race, providers: Sequence[str], *, repeats: int = 7) -> Iterator[dict[str, Any]]:
-    """A record per provider, timed in turn in the same run: op `step`, with one of our stages at the end, or `ablation` where
-    the authors do not run. Raises ValueError where the providers disagree."""
+    """A record per provider, timed in turn in the same run, a matrix product of each precision among them: op `step`, with one
+    of our stages at the end, or `ablation` where the authors do not run. Raises ValueError where the providers disagree."""
     use_matrix_units(resolve(race.config.precision, race.device))
     compare(race, providers)
     runs, compile_seconds = {}, {}
     for provider in providers:
-        run = optimiser_step(race, provider)
+        run = _to_its_end(optimiser_step(race, provider), race.device)
         started = time.perf_counter()
         run()
-        _wait(race.device)
         compile_seconds[provider] = time.perf_counter() - started
-
-        def timed(run: Callable[[], None] = run) -> None:
-            run()
-            _wait(race.device)
-
-        runs[provider] = timed
+        runs[provider] = run
+    flops_of_product = {}
+    for precision in dict.fromkeys(race.precision_of(provider) for provider in providers):
+        product, flops_of_product[precision] = matrix_product(race.device, precision)
+        runs[f"product in {precision}"] = _to_its_end(product, race.device)
     times = interleaved(runs, repeats=repeats, warmup=1)
     where = gpu_environment() if race.device == "cuda" else cpu_environment()
     resolved = race.config.resolved
     shared = {"arch": race.arch, "mode": race.config.method, "masking": resolved.masking, "batch": race.batch}
     op = "step" if "authors" in providers else "ablation"
     for provider in providers:
-        precision = "fp32" if provider.startswith("authors") else resolve(race.config.precision, race.device)
+        precision = race.precision_of(provider)
+        rate = flops_of_product[precision] / times[f"product in {precision}"].p50
         figures = counted(race, provider)
         if provider in COMPILED:
             figures = {name: figures[name] for name in ("forward_units", "flops")}  # the compiler plans its own memory
             figures["compile_seconds"] = compile_seconds[provider]
         seconds = times[provider]
         yield {
-            "op": op, "provider": provider, **shared, "precision": "bf16" if provider == "authors-compiled" else precision,
+            "op": op, "provider": provider, **shared, "precision": precision,
             **seconds.fields(), "images_per_second": race.batch / seconds.p50,
-            "teraflops": figures["flops"] / seconds.p50 / 1e12, **figures, **where,
+            "teraflops": figures["flops"] / seconds.p50 / 1e12, "matmul_teraflops": rate / 1e12,
+            "share_of_matmul": figures["flops"] / seconds.p50 / rate, **figures, **where,
         }  # fmt: skip
     if op == "step" and "ours-eager" in providers:
         yield {"op": "stages", "provider": "ours-eager", **shared, "seconds": split(race), **where}
@@ -245,12 +269,14 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             r["provider"], f"{r['seconds_p50']:.3f}", f"{base / r['seconds_p50']:.2f}x", f"{r['images_per_second']:.1f}",
-            f"{r['forward_units']:.2f}", *(f"{r[key]:.0f}" if key in r else "-" for key in ("activation_mb", "peak_mb")),
+            f"{r['forward_units']:.2f}", f"{r['share_of_matmul']:.0%}",
+            *(f"{r[key]:.0f}" if key in r else "-" for key in ("activation_mb", "peak_mb")),
             f"{r['compile_seconds']:.0f}" if "compile_seconds" in r else "-",
         ]
         for r in steps
     ]  # fmt: skip
-    header = ["provider", "s per step", "faster", "images/s", "forward units", "activations, MB", "peak, MB", "compile, s"]
+    header = ["provider", "s per step", "faster", "images/s", "forward units", "of matmul"]
+    header += ["activations, MB", "peak, MB", "compile, s"]
     lines = [markdown_table(header, rows)]
     for r in records:
         if r["op"] == "stages":
@@ -296,6 +322,8 @@ def main(options: argparse.Namespace) -> int:
     providers = list(dict.fromkeys(options.providers or (PROVIDERS[:5] if compiled else EAGER)))
     if options.ablations:
         providers = ["ours-eager", *ABLATIONS]
+    if config.precision == "auto" and options.device == "cuda" and not ABLATIONS.keys().isdisjoint(providers):
+        config = replace(config, precision="tf32")  # the ablated steps keep the type of the weights
     race = Race(arch=options.arch, config=config, batch=options.batch, device=options.device)
     records = list(run_race(race, providers, repeats=options.repeats))
     show(records, table(records), as_json=options.json, out=options.out)
