@@ -22,11 +22,12 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
 
 def build_schedule(optimizer: AdamW, config: OptimConfig, *, total_steps: int) -> OneCycleLR:
     """One cycle per run, stepped once per optimiser step; momentum is cycled too, so beta1 runs 0.95 -> 0.85 -> 0.95."""
+    rising = config.pct_start * total_steps
     return OneCycleLR(
         optimizer,
         max_lr=config.lr,
         total_steps=total_steps,
-        pct_start=config.pct_start,
+        pct_start=config.pct_start if rising != 1 else (1 + 1e-9) / total_steps,  # torch divides by a rise of one step less one
         anneal_strategy="cos",
         div_factor=config.div_factor,
         final_div_factor=config.final_div_factor,

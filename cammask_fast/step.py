@@ -24,7 +24,7 @@ from cammask_fast.data.batch import Batch
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
 from cammask_fast.masking import Draws, MaskedInput, Strategy, draw_masking, masked_input, parse_strategy
-from cammask_fast.model.classifier import Classifier, Prediction, compute_weights
+from cammask_fast.model.classifier import Classifier, Prediction, compute_weights, keeps_precision
 from cammask_fast.model.vit import Taps, ViTConfig
 from cammask_fast.optim import FlatAdamW, clipped_step
 from cammask_fast.precision import product_dtype
@@ -156,9 +156,12 @@ def _compiled_train_step(
 
     def gradients(batch: Batch, draws: Draws | None, scale: float) -> tuple[list[Tensor], Losses]:
         found: list[dict[str, Tensor]] = []
-        forward = _functional_forward(student, optimizer.weights(), frozen, config, dtype, found)
+        weights, cast = optimizer.weights(), optimizer.parts(optimizer.flat.to(dtype))  # one cast serves all passes
+        trained = {name: weight if keeps_precision(name) else cast[name] for name, weight in weights.items()}
+        forward = _functional_forward(student, trained, frozen, config, dtype, found)
         losses = body(forward, stored, batch, draws, scale)
-        return [sum((g[name] for g in found[1:]), found[0][name]) for name in optimizer.names], losses
+        summed = {name: [pulled[name].to(weight.dtype) for pulled in found] for name, weight in weights.items()}
+        return [sum(parts[1:], parts[0]) for parts in summed.values()], losses
 
     def apply(gradients: Sequence[Tensor], loss: Tensor) -> None:
         if processes > 1:
@@ -315,7 +318,8 @@ def _functional_forward(
     dtype: torch.dtype,
     found: list[dict[str, Tensor]],
 ) -> Forward:
-    """Passes over `torch.func.vjp`, which the compiler sees through; every pullback appends its weight gradients to `found`."""
+    """Passes over `torch.func.vjp`, which the compiler sees through; every pullback appends its weight gradients to `found`.
+    trained, frozen: weights as a forward in `dtype` takes them."""
     vit = student.visual.config
 
     def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass:
@@ -332,8 +336,7 @@ def _functional_forward(
             taps = None
             if tapped:
                 taps = Taps(ln_1_probe=probes[0]) if config.cam == "grad-cam" else Taps(output_probes=probes)
-            given = {**frozen, **compute_weights(weights, dtype)}
-            prediction = functional_call(student, given, (patches,), {"taps": taps, **tokens})
+            prediction = functional_call(student, {**frozen, **weights}, (patches,), {"taps": taps, **tokens})
             tapped_values = [] if taps is None else [taps.queries, taps.keys, taps.values, taps.last_ln_1]
             return (prediction.features, prediction.logits), tapped_values
 

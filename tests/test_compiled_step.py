@@ -211,6 +211,27 @@ def test_work_and_memory_of_the_graph_at_vit_b16(method: str, most: float) -> No
     assert not [v.shape for v in values if v.numel() == per_head]
 
 
+def test_weights_are_cast_once_for_all_passes() -> None:
+    """As one tensor: neither a kernel per weight nor a second copy for the masked pass."""
+    torch._dynamo.reset()
+    config, graphs = replace(CONFIGS["masked-object"], precision="bf16", optim=OPTIM, epochs=1), Graphs()
+    student, teacher = (model.to(torch.float32) for model in pair())
+    state, data = TrainState.create(student, config, steps_per_epoch=STEPS, compiled=True), batch(8)
+    draws = draw_for_step(build_strategy(config), data, TINY.patches, state.generator)
+    build_train_step(state, teacher, config, backend=graphs.backend)([(data, draws)])
+    ((graph,), casts) = graphs, []
+    size = sum(p.numel() for p in student.parameters())
+    views = [node for node in graph.graph.nodes if node.op == "placeholder" and node.meta["val"].shape == (size,)]
+    assert len(views) == 3, "the weights and their two moments"
+    while views:
+        for user in views.pop().users:
+            if user.meta["val"].dtype == torch.bfloat16 if isinstance(user.meta.get("val"), Tensor) else False:
+                casts.append(user)
+            elif any(name in str(user.target) for name in ("split", "getitem", "view", "slice", ".t.")):
+                views.append(user)
+    assert [tuple(cast.meta["val"].shape) for cast in casts] == [(size,)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("scale", [1e-3, 1e3], ids=["not clipped", "clipped"])
 @pytest.mark.parametrize(("bad", "infinite"), [((), ()), ((0, 7), (1, 8))], ids=["finite", "skips"])

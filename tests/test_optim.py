@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cammask_fast.config import METHODS, OptimConfig, TrainConfig, load_recipe, recipe_names
-from cammask_fast.optim import build_optimizer, build_schedule
+from cammask_fast.optim import build_optimizer, build_schedule, schedule_table
 
 
 def test_one_cycle_moves_learning_rate_and_beta1_as_in_the_paper() -> None:
@@ -29,6 +29,21 @@ def test_one_cycle_moves_learning_rate_and_beta1_as_in_the_paper() -> None:
     assert (betas[0], min(betas), betas[-1]) == pytest.approx((0.95, 0.85, 0.95))
     middle = 3e-5 / 25e4 + (3e-5 - 3e-5 / 25e4) * (1 + math.cos(math.pi * 49 / 98)) / 2
     assert rates[50] == pytest.approx(middle)
+
+
+@pytest.mark.parametrize("pct_start", [0.02, 0.1, 0.3, 0.5])
+def test_a_run_of_any_length_has_a_schedule(pct_start: float) -> None:
+    """Of 50 steps at the default share too, one of which rises."""
+    config = OptimConfig(pct_start=pct_start)
+    for steps in range(1, 120):
+        rates = schedule_table(config, total_steps=steps)[:, 0]
+        assert rates.shape == (steps,)
+        assert rates.isfinite().all()
+        assert rates[-1] == pytest.approx(3e-5 / 25e4)
+    exactly_one = schedule_table(OptimConfig(), total_steps=50)[:, 0]
+    assert exactly_one[0] == pytest.approx(3e-5 / 25)
+    assert exactly_one.argmax() == 1
+    assert exactly_one[1] == pytest.approx(3e-5, rel=2e-3)
 
 
 def test_adamw_decays_every_trained_parameter_and_no_other() -> None:

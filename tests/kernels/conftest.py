@@ -23,6 +23,8 @@ def triton_backend() -> Iterator[torch.device]:
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty returns NaN (the largest value for integers): an element that a kernel forgets to write shows."""
+    with torch.device("cpu"):
+        torch.zeros(0)  # torch keeps the list of its constructors from the first use on, for every later test of this process
     empty = torch.empty
 
     def filled(*size: Any, **options: Any) -> Tensor:
