@@ -33,7 +33,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Tiles(NamedTuple):
-    """block_keys: keys that a program owns (queries, for the row statistics); block_queries: width of its inner loop."""
+    """A program owns block_keys keys and goes over block_queries queries at a time; the row statistics do the reverse."""
 
     block_keys: int
     block_queries: int
@@ -65,7 +65,10 @@ def _cls_relevance_statistics_fwd_kernel(
     heads, length, scale,
     HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Highest raw score of a query's row, and log2 sum exp2 of the scaled distances to it; scale holds log2(e) / sqrt(d)."""
+    """Highest raw score of a query's row, and log2 sum exp2 of the scaled distances to it; scale holds log2(e) / sqrt(d).
+
+    The tiles are those of the sum over queries, (keys, queries) with the same edges: both round a score alike, as a probability
+    needs that is exact where scores are huge."""
     tiles = tl.cdiv(length, BLOCK_Q)
     image = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
@@ -78,11 +81,11 @@ def _cls_relevance_statistics_fwd_kernel(
     for start in range(0, length, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
         k = _load_rows(k_base, stride_k_l, keys, length, HEAD)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores = tl.where(keys[None, :] < length, scores, float("-inf"))
-        now_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        scores = tl.where(keys[:, None] < length, scores, float("-inf"))
+        now_highest = tl.maximum(highest, tl.max(scores, axis=0))
         total = total * tl.exp2((highest - now_highest) * scale)
-        total += tl.sum(tl.exp2((scores - now_highest[:, None]) * scale), axis=1)
+        total += tl.sum(tl.exp2((scores - now_highest[None, :]) * scale), axis=0)
         highest = now_highest
     offset = (image * heads + head) * length
     tl.store(highest_ptr + offset + queries, highest, mask=queries < length)
@@ -251,8 +254,8 @@ def plan_cls_relevance(
                      "scale", "HEAD")  # fmt: skip
             arguments = {"highest_ptr": statistics[0], "log_sum_ptr": statistics[1], "stride_q_l": q.stride(2)}
             arguments |= {name: common[name] for name in names}
-            arguments |= {"BLOCK_Q": tiles.block_keys, "BLOCK_K": tiles.block_queries, "PRECISION": precision}
-            grid = (triton.cdiv(length, tiles.block_keys) * count * heads,)
+            arguments |= {"BLOCK_Q": tiles.block_queries, "BLOCK_K": tiles.block_keys, "PRECISION": precision}
+            grid = (triton.cdiv(length, tiles.block_queries) * count * heads,)
             launches.append(Launch(_cls_relevance_statistics_fwd_kernel, grid, arguments, options))
         arguments = {
             "partial_ptr": partial,

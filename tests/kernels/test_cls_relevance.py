@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cammask_fast.kernels.backend import INTERPRETED
 from cammask_fast.kernels.cls_relevance import cls_relevance as kernel_cls_relevance
 from cammask_fast.kernels.cls_relevance import cls_relevance_obstacle, plan_cls_relevance
+from cammask_fast.kernels.launch import Launch
 from cammask_fast.kernels.reference import cls_relevance
 
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if torch.cuda.is_available() else ()))
@@ -193,12 +194,23 @@ def statistics(q: Tensor, k: Tensor) -> Tensor:
     return torch.logsumexp(q.double() @ k.double().mT * k.shape[-1] ** -0.5, -1).float()
 
 
-def assert_twice_as_good(ours: Tensor, pytorch: Tensor, gold: Tensor) -> None:
+def assert_twice_as_good(ours: Tensor, pytorch: list[Tensor], gold: Tensor) -> None:
     """Largest and mean error at most twice PyTorch's in the same dtype, plus one float32 epsilon of the largest value."""
     unit = torch.finfo(torch.float32).eps * gold.abs().max().item()
-    ours_error, pytorch_error = ((x.cpu().double() - gold).abs() for x in (ours, pytorch))
+    ours_error, pytorch_error = ((x.cpu().double() - gold).abs() for x in (ours, torch.stack(pytorch)))
     assert ours_error.max().item() <= 2 * pytorch_error.max().item() + unit
     assert ours_error.mean().item() <= 2 * pytorch_error.mean().item() + unit
+
+
+def in_orders(inputs: tuple[Tensor, ...], lse: Tensor | None, *, count: int = 32) -> list[Tensor]:
+    """PyTorch's result with the channels of each head in `count` orders, the given one first: the same sums, rounded otherwise.
+
+    How exact PyTorch is shows over many roundings only: one of them is, on four numbers, at times five times better than usual.
+    """
+    width, generator = inputs[1].shape[-1], torch.Generator().manual_seed(0)
+    orders = [torch.arange(width), *(torch.randperm(width, generator=generator) for _ in range(count - 1))]
+    relevance, *heads = inputs
+    return [cls_relevance(relevance, *(x[..., order.to(x.device)] for x in heads), lse=lse) for order in orders]
 
 
 def check_kernel(inputs: tuple[Tensor, ...], device: torch.device) -> None:
@@ -208,7 +220,7 @@ def check_kernel(inputs: tuple[Tensor, ...], device: torch.device) -> None:
         ours = kernel_cls_relevance(*moved, lse=lse)
         assert ours.dtype == torch.float32
         assert ours.shape == gold.shape
-        assert_twice_as_good(ours, cls_relevance(*moved, lse=lse), gold)
+        assert_twice_as_good(ours, in_orders(moved, lse), gold)
 
 
 @pytest.mark.triton
@@ -296,18 +308,31 @@ def test_equal_inputs_give_equal_bits(triton_backend: torch.device) -> None:
     assert torch.equal(kernel_cls_relevance(*inputs), kernel_cls_relevance(*inputs))
 
 
+def planned(rows: int, *, has_lse: bool, width: int = 64, dtype: torch.dtype = torch.float32) -> list[Launch]:
+    x = torch.empty(2, 3, 50, width, dtype=dtype, device="meta")
+    r, partial = torch.empty(2, 50, device="meta"), torch.empty(2, 3, 50, device="meta")
+    scratch = None if has_lse or rows == 1 else torch.empty(2, 2, 3, 50, device="meta")
+    lse = torch.empty(2, 3, rows, device="meta") if has_lse else None
+    return plan_cls_relevance(r, partial, scratch, r, x[:, :, :rows], x, x, x[:, :, :rows], lse)
+
+
 def test_launches() -> None:
     def launches(rows: int, *, has_lse: bool) -> list[str]:
-        x = torch.empty(2, 3, 50, 64, device="meta")
-        r, partial = torch.empty(2, 50, device="meta"), torch.empty(2, 3, 50, device="meta")
-        scratch = None if has_lse or rows == 1 else torch.empty(2, 2, 3, 50, device="meta")
-        lse = torch.empty(2, 3, rows, device="meta") if has_lse else None
-        plan = plan_cls_relevance(r, partial, scratch, r, x[:, :, :rows], x, x, x[:, :, :rows], lse)
+        plan = planned(rows, has_lse=has_lse)
         return [launch.kernel.__name__.removeprefix("_cls_relevance_").removesuffix("fwd_kernel") for launch in plan]
 
     assert launches(50, has_lse=False) == ["statistics_", "", "heads_"]
     assert launches(50, has_lse=True) == ["", "heads_"]
     assert launches(1, has_lse=False) == launches(1, has_lse=True) == ["row_", "heads_"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [32, 64])
+def test_both_passes_round_a_score_in_the_same_tile(width: int, dtype: torch.dtype) -> None:
+    statistics_launch, layer_launch, _ = planned(50, has_lse=False, width=width, dtype=dtype)
+    for name in ("BLOCK_Q", "BLOCK_K", "HEAD", "PRECISION"):
+        assert statistics_launch.arguments[name] == layer_launch.arguments[name], name
+    assert statistics_launch.options == layer_launch.options
 
 
 @pytest.mark.parametrize("last", [False, True])
