@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import triton
 
@@ -16,6 +17,21 @@ Backend = Literal["auto", "triton", "reference"]
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 _chosen: Backend = "auto"
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
+
+
+def interpreter_obstacle(triton_version: str = triton.__version__, numpy_version: str = np.__version__) -> str | None:
+    """Why Triton's interpreter cannot run here; None if it can. Before 3.7 it makes ints of arrays of one element."""
+    if _release(triton_version) < (3, 7) and _release(numpy_version) >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton_version} needs NumPy below 2.4, got {numpy_version}: "
+            "pip install 'numpy<2.4', or a newer torch"
+        )
+    return None
 
 
 def set_backend(backend: Backend) -> Backend:
@@ -36,6 +52,8 @@ def uses_triton(op: str, device: torch.device, obstacle: str | None) -> bool:
         return _chosen == "auto" and device.type == "cuda" and obstacle is None
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         raise ValueError(f"{op}: backend 'triton' needs CUDA tensors, got {device}; use set_backend('auto') or 'reference'")
+    if device.type != "cuda" and (reason := interpreter_obstacle()) is not None:
+        raise ValueError(f"{op}: {reason}")
     if obstacle is not None:
         raise ValueError(f"{op}: backend 'triton' cannot take this input: {obstacle}; use set_backend('auto') or 'reference'")
     return True

@@ -216,12 +216,23 @@ def as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
     return (images.float() / 255).to(dtype).permute(0, 3, 1, 2)
 
 
-def assert_twice_as_good(ours: Tensor, pytorch: Tensor, gold: Tensor) -> None:
-    """The largest error is at most twice that of PyTorch in the same dtype."""
+def assert_twice_as_good(ours: Tensor, pytorch: Tensor, gold: Tensor, *, usual: float = 0.0) -> None:
+    """The largest error is at most twice that of PyTorch in the same dtype. usual: PyTorch's on more values than these."""
     assert ours.dtype == pytorch.dtype
     assert ours.shape == gold.shape
-    allowed = 2 * (pytorch.double() - gold).abs().max() + torch.finfo(ours.dtype).tiny
-    assert (ours.double() - gold).abs().max() <= allowed  # false for NaN
+    allowed = 2 * max((pytorch.double() - gold).abs().max().item(), usual) + torch.finfo(ours.dtype).tiny
+    assert (ours.double() - gold).abs().max().item() <= allowed  # false for NaN
+
+
+def every_byte(device: torch.device) -> Tensor:
+    """uint8 (1, 16, 16, 3): each value once per channel."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
+
+
+def usual_error(device: torch.device) -> float:
+    """PyTorch's largest error in float32 over every byte: a few pixels may be those that it happens to round well."""
+    images = every_byte(device)
+    return (normalise(images).double() - normalise(images, dtype=torch.float64)).abs().max().item()
 
 
 @pytest.mark.triton
@@ -245,12 +256,12 @@ def test_kernel_normalise_takes_any_size(triton_backend: torch.device, height: i
     images = torch.randint(0, 256, (2, height, width, 3), generator=generator, dtype=torch.uint8).to(triton_backend)
     for pixels in (images, as_floats(images, torch.float32)):
         ours, gold = kernel_normalise(pixels), normalise(pixels, dtype=torch.float64)
-        assert_twice_as_good(ours, normalise(pixels), gold)
+        assert_twice_as_good(ours, normalise(pixels), gold, usual=usual_error(triton_backend))
 
 
 @pytest.mark.triton
 def test_kernel_normalise_of_every_byte(triton_backend: torch.device) -> None:
-    images = torch.arange(256, dtype=torch.uint8, device=triton_backend).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
+    images = every_byte(triton_backend)
     gold = normalise(images, dtype=torch.float64)
     for channel in range(3):
         for dtype in DTYPES:
@@ -293,7 +304,8 @@ def test_kernel_fills_any_shape(triton_backend: torch.device, setting: Setting, 
     donors = multi if many else single
     gold = normalised_fill(images, mask, donors, dtype=torch.float64, layout=layout)
     ours = kernel_masked_fill(images, mask, donors, layout=layout)
-    assert_twice_as_good(ours, normalised_fill(images, mask, donors, layout=layout), gold)
+    pytorch = normalised_fill(images, mask, donors, layout=layout)
+    assert_twice_as_good(ours, pytorch, gold, usual=usual_error(triton_backend))
 
 
 @pytest.mark.triton
