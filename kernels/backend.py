@@ -7,9 +7,9 @@ reference: plain PyTorch everywhere.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 import triton
 
@@ -24,8 +24,9 @@ def _release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def interpreter_obstacle(triton_version: str = triton.__version__, numpy_version: str = np.__version__) -> str | None:
+def interpreter_obstacle(triton_version: str = triton.__version__, numpy_version: str | None = None) -> str | None:
     """Why Triton's interpreter cannot run here; None if it can. Before 3.7 it makes ints of arrays of one element."""
+    numpy_version = numpy_version or version("numpy")
     if _release(triton_version) < (3, 7) and _release(numpy_version) >= (2, 4):
         return (
             f"the interpreter of Triton {triton_version} needs NumPy below 2.4, got {numpy_version}: "

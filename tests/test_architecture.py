@@ -64,7 +64,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
 
 
 def test_kernels_import_only_torch_triton_and_themselves() -> None:
-    allowed = {"__future__", "torch", "triton", "typing", "collections", "math", "kernels"}
+    allowed = {"__future__", "torch", "triton", "typing", "collections", "math", "importlib", "kernels"}
     for path in (ROOT / "kernels").rglob("*.py"):
         module = module_name(path) + (".__init__" if path.name == "__init__.py" else "")
         assert {name.split(".")[0] for name in imports(path.read_text(), module)} <= allowed, path
