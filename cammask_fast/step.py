@@ -25,6 +25,7 @@ from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
 from cammask_fast.masking import Draws, MaskedInput, Strategy, draw_masking, masked_input, parse_strategy
 from cammask_fast.model.classifier import Classifier, Prediction, compute_weights, keeps_precision
+from cammask_fast.model.linear import gradients_at
 from cammask_fast.model.vit import Taps, ViTConfig
 from cammask_fast.optim import FlatAdamW, clipped_step
 from cammask_fast.precision import product_dtype
@@ -298,7 +299,7 @@ def eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) 
         def tap_gradients(score: Tensor) -> Sequence[Tensor]:
             assert taps is not None
             at: list[Any] = [taps.last_ln_1] if config.cam == "grad-cam" else taps.outputs[config.cam_start_layer :]
-            return torch.autograd.grad(prediction.logits, at, score, retain_graph=True)
+            return gradients_at(at, prediction.logits, score)
 
         def pull_back(cotangents: Cotangents) -> None:
             used = [(out, cot) for out, cot in zip(prediction, cotangents, strict=True) if cot is not None]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.step.authors import build_authors_step, forward, relevance
+from bench.step.authors import build_authors_step, relevance
+from bench.step.work import count_flops, forward_unit
 from cammask_fast.cam import mm_cam
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
@@ -61,12 +61,8 @@ def forward_units(vit: ViTConfig, config: TrainConfig, *, authors: bool, count: 
             torch.zeros(count, dtype=torch.int64),
         )
         draws = Draws(donors=torch.zeros(count, dtype=torch.int64))
-        with FlopCounterMode(display=False) as unit, torch.no_grad():
-            forward(student, torch.zeros(count, 3, vit.image_size, vit.image_size))
-        build = build_authors_step if authors else build_step
-        with FlopCounterMode(display=False) as counted:
-            build(student, teacher, config)(data, draws)
-    return counted.get_total_flops() / unit.get_total_flops()
+        step = (build_authors_step if authors else build_step)(student, teacher, config)
+        return count_flops(lambda: step(data, draws)) / forward_unit(student, count)
 
 
 @pytest.mark.parametrize("vit", [B32, B16], ids=["B/32", "B/16"])

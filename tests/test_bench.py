@@ -25,6 +25,7 @@ from bench.records import ROOT, append, interleaved, markdown_table, read, sprea
 from bench.step import race as step_race
 from bench.step.ablations import ABLATIONS
 from bench.step.race import Race
+from bench.step.work import count_flops
 from cammask_fast import cli
 from cammask_fast.config import TrainConfig
 from cammask_fast.kernels.backend import INTERPRETED, set_backend
@@ -222,12 +223,8 @@ def test_every_op_is_measured(op: str) -> None:
 
 
 def test_the_work_of_relevance_is_the_references() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     work = kernels.build("cls_relevance layer", "ViT-B/32", 8, torch.device("cpu"))
-    with FlopCounterMode(display=False) as counted:
-        work.reference(*work.inputs)
-    assert work.flops == counted.get_total_flops()
+    assert work.flops == count_flops(lambda: work.reference(*work.inputs))
 
 
 def test_a_wrong_kernel_is_not_timed() -> None:

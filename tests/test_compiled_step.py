@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.step.authors import build_authors_step, forward
+from bench.step.authors import build_authors_step
 from bench.step.memory import LiveStorages
+from bench.step.work import count_flops, forward_unit
 from cammask_fast import distributed
 from cammask_fast.config import OptimConfig, TrainConfig
 from cammask_fast.data.batch import Batch
@@ -82,11 +82,10 @@ def run(config: TrainConfig, *, compiled: bool, accumulate: int = 1, dtype: torc
             data = batch(8)
             data = Batch(*(tensor.roll(number, 0).chunk(accumulate)[half] for tensor in data))
             parts.append((data, draw_for_step(build_strategy(config), data, TINY.patches, state.generator)))
-        with FlopCounterMode(display=False) as counter:
-            losses.append(step(parts)) if not compiled else None
-        flops = counter.get_total_flops()
         if compiled:
             losses.append(step(parts))
+        else:
+            flops = count_flops(lambda parts=parts: losses.append(step(parts)))  # type: ignore[misc]
     return Run(state, losses, flops, graphs)
 
 
@@ -133,9 +132,8 @@ def test_nothing_leaves_the_device(name: str) -> None:
 
 def graph_flops(graph: GraphModule) -> int:
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    with inputs[0].fake_mode, FlopCounterMode(display=False) as counter:
-        graph(*inputs)
-    return counter.get_total_flops()
+    with inputs[0].fake_mode:
+        return count_flops(lambda: graph(*inputs))
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -190,19 +188,17 @@ def test_work_and_memory_of_the_graph_at_vit_b16(method: str, most: float) -> No
         (graph,) = graphs
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     with inputs[0].fake_mode:
-        with FlopCounterMode(display=False) as counter:
-            graph(*inputs)
+        flops = count_flops(lambda: graph(*inputs))
         with LiveStorages(inputs) as memory:
             graph(*inputs)
     with FakeTensorMode(allow_non_fake_inputs=True):
         student, teacher, data, draws = shapes_only(B16, COUNT)
-        with FlopCounterMode(display=False) as unit, torch.no_grad():
-            forward(student, torch.zeros(COUNT, 3, B16.image_size, B16.image_size))
+        unit = forward_unit(student, COUNT)
         authors = build_authors_step(student.requires_grad_(True), teacher, config)
         authors(data, draws)
         with LiveStorages([*student.parameters(), *teacher.parameters(), *data]) as theirs:
             authors(data, draws)
-    assert counter.get_total_flops() / unit.get_total_flops() <= most
+    assert flops / unit <= most
     assert memory.peak <= 0.5 * theirs.peak
     per_head = COUNT * B16.heads * (B16.patches + 1) ** 2
     values = [node.meta["val"] for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor)]

@@ -22,14 +22,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.records import cpu_environment, gpu_environment, interleaved, markdown_table, show
 from bench.step.ablations import ABLATIONS, build_ablated_step
-from bench.step.authors import Step, build_authors_step, forward
+from bench.step.authors import Step, build_authors_step
 from bench.step.matrix_rate import matrix_product
 from bench.step.memory import LiveStorages
 from bench.step.stages import stages
+from bench.step.work import count_flops, forward_unit
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
 from cammask_fast.model.classifier import Classifier
@@ -170,11 +170,9 @@ def counted(race: Race, provider: str) -> dict[str, float]:
         images = torch.zeros(count, vit.image_size, vit.image_size, 3, dtype=torch.uint8)
         data = Batch(images, torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64))
         draws = draw_for_step(build_strategy(config), data, vit.patches, torch.Generator().manual_seed(0))
-        with FlopCounterMode(display=False) as unit, torch.no_grad():
-            forward(student, torch.zeros(count, 3, vit.image_size, vit.image_size))
+        unit = forward_unit(student, count)
         step = gradient_step(provider, student, teacher, config)
-        with FlopCounterMode(display=False) as flops:
-            step(data, draws)
+        flops = count_flops(lambda: step(data, draws))
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
         weights = [*student.parameters(), *teacher.parameters()]
@@ -184,8 +182,8 @@ def counted(race: Race, provider: str) -> dict[str, float]:
     trained = sum(p.numel() * p.element_size() for p in student.parameters())
     owned = sum(t.numel() * t.element_size() for t in [*weights, *gradients, *data]) + 2 * trained
     return {
-        "forward_units": flops.get_total_flops() / unit.get_total_flops(),
-        "flops": flops.get_total_flops(),
+        "forward_units": flops / unit,
+        "flops": flops,
         "activation_mb": memory.peak / 1e6,
         "peak_mb": (memory.peak + owned) / 1e6,
     }

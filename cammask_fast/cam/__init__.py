@@ -11,6 +11,7 @@ from torch import Tensor
 from cammask_fast.kernels.cls_relevance import cls_relevance
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.model.classifier import Classifier
+from cammask_fast.model.linear import gradients_at
 from cammask_fast.model.vit import Taps
 
 __all__ = ["class_score", "cls_rollout", "grad_cam", "mm_cam", "relevance_of", "weighted_activation"]
@@ -30,7 +31,7 @@ def mm_cam(logits: Tensor, labels: Tensor, taps: Taps, *, start_layer: int = 0) 
     outputs = taps.outputs[start_layer:]
     if not outputs:
         raise ValueError(f"cam_start_layer: expected 0..{len(taps.outputs) - 1}, got {start_layer}")
-    gradients = torch.autograd.grad(class_score(logits, labels), outputs, retain_graph=True)
+    gradients = gradients_at(outputs, class_score(logits, labels))
     with torch.no_grad():
         return cls_rollout(taps, gradients)
 
@@ -53,7 +54,7 @@ def grad_cam(logits: Tensor, labels: Tensor, taps: Taps) -> Tensor:
     The sum over tokens includes CLS. Can be zero everywhere.
     """
     assert taps.last_ln_1 is not None
-    (gradient,) = torch.autograd.grad(class_score(logits, labels), taps.last_ln_1, retain_graph=True)
+    (gradient,) = gradients_at([taps.last_ln_1], class_score(logits, labels))
     with torch.no_grad():
         return weighted_activation(taps, gradient)
 
