@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.step.memory import LiveStorages
 from bench.step.work import count_flops
 from cammask_fast.model import linear as linear_module
-from cammask_fast.model.linear import gradients_at, linear
+from cammask_fast.model.linear import backward, gradients_at, linear
 
 needs_onednn = pytest.mark.skipif(not linear_module._ONEDNN, reason="this PyTorch was built without oneDNN")
 SHAPES = [(2, 197, 768, 96), (3, 1, 7, 5), (1, 50, 33, 64), (4, 65, 96, 288)]
@@ -91,3 +92,27 @@ def test_frozen_weights_get_no_gradient() -> None:
     product = 2 * 6 * 4 * 5
     assert count_flops(lambda: linear(x, weight, bias).sum().backward()) == 2 * product
     assert torch.equal(bias.grad, torch.full((5,), 6.0))  # type: ignore[arg-type]
+
+
+def test_a_step_adds_weight_gradients_where_they_lie() -> None:
+    """No tensor of a weight's size is made on the way, and a gradient that was there stays in the sum."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(6, 4), torch.randn(5, 4, requires_grad=True), torch.zeros(5, requires_grad=True)
+    cotangent = torch.randn(6, 5)
+    backward([linear(x, weight, bias)], [cotangent])
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, cotangent.t() @ x)
+    place, before = weight.grad.data_ptr(), weight.grad.clone()
+    out = linear(x, weight, bias)
+    with LiveStorages([x, weight, bias, weight.grad, cotangent, out]) as memory:
+        backward([out], [cotangent])
+    assert memory.peak < weight.nbytes
+    assert weight.grad.data_ptr() == place
+    assert torch.allclose(weight.grad, 2 * before)
+    assert torch.allclose(bias.grad, 2 * cotangent.sum(0))  # type: ignore[arg-type]
+    (returned,) = torch.autograd.grad(linear(x, weight, bias), weight, cotangent)
+    assert torch.allclose(returned, before), "asked for in autograd's own way, a gradient is returned"
+    assert torch.allclose(weight.grad, 2 * before)
+    half = weight[:3]
+    backward([linear(x, half)], [cotangent[:, :3]])
+    assert torch.allclose(weight.grad[:3], 3 * before[:3]), "a view's gradient reaches the whole"

@@ -69,7 +69,7 @@ def test_sums_in_another_order_are_the_same_function() -> None:
     """In float64 the same training up to its rounding; in float32 other roundings of the same size."""
     golden = Golden(read_arrays(GOLDEN / "mid-seed0.npz"))
     random = torch.Generator().manual_seed(0)
-    for dtype, least, most in ((torch.float64, 0.0, 1e-11), (torch.float32, 1e-8, 1e-3)):
+    for dtype, least, most in ((torch.float64, 0.0, 1e-11), (torch.float32, 1e-8, 1e-2)):
         one, other = parity.run_adamw(golden, dtype), parity.run_adamw(golden, dtype, random)
         assert torch.equal(one.masks, other.masks)
         assert least < ((one.history - other.history) / one.history).abs().max() < most

@@ -22,6 +22,7 @@ from cammask_fast.model.classifier import Classifier
 aten = torch.ops.aten
 PRODUCTS = re.compile(r"(mm|mv|dot)(_|$)|matmul|(^|_)linear(_|$)|conv|attention|einsum|cdist|rnn|lstm|gru")
 """What the names of PyTorch's operators have in them that multiply matrices or convolve."""
+OF_PYTORCH = ("aten", "prim", "prims", "profiler")
 WITHOUT_PRODUCTS = ("cammask::patch_select", "cammask::masked_fill", "cammask::counterfactual_batch", "cammask::normalise")
 """Operators of other libraries than PyTorch's that multiply no matrices."""
 
@@ -58,7 +59,7 @@ class _Uncounted(TorchDispatchMode):
         packet = func.overloadpacket
         full_name = packet._qualified_op_name
         namespace, _, name = full_name.partition("::")
-        may_work = bool(PRODUCTS.search(name)) if namespace in ("aten", "prim", "prims") else full_name not in WITHOUT_PRODUCTS
+        may_work = bool(PRODUCTS.search(name)) if namespace in OF_PYTORCH else full_name not in WITHOUT_PRODUCTS
         if may_work and packet not in flop_registry:
             self.names.add(full_name)
         return func(*args, **(kwargs or {}))

@@ -33,8 +33,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def gradients_at(inputs: Sequence[Tensor], output: Tensor, cotangent: Tensor | None = None) -> tuple[Tensor, ...]:
     """Gradients of `output` at activations, with no weight gradient computed on the way; the graph is kept. cotangent: like
     output, which is a scalar without one."""
-    with _without_weight_gradients():
+    with _weight_gradients("left out"):
         return torch.autograd.grad(output, list(inputs), cotangent, retain_graph=True)
+
+
+def backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
+    """torch.autograd.backward, but a weight that has a `.grad` already gets its gradient added there by the product that
+    computes it, without a copy in between."""
+    with _weight_gradients("added"):
+        torch.autograd.backward(list(outputs), list(cotangents))
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -60,8 +67,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         at_x, at_weight, at_bias = ctx.needs_input_grad
-        if getattr(_state, "activations_only", False):
+        at_weights = getattr(_state, "weight_gradients", "returned")
+        if at_weights == "left out":
             at_weight = at_bias = False
+        elif at_weights == "added" and at_weight and weight.is_leaf and weight.grad is not None:
+            torch.addmm(weight.grad, grad.t(), x, out=weight.grad)
+            at_weight = False
         return (
             _product(grad, weight.t()) if at_x else None,
             grad.t() @ x if at_weight else None,
@@ -70,13 +81,14 @@ class _Linear(torch.autograd.Function):
 
 
 @contextmanager
-def _without_weight_gradients() -> Iterator[None]:
-    """Autograd tells a function written in Python which inputs require a gradient, not which are asked for."""
-    _state.activations_only = True
+def _weight_gradients(what: str) -> Iterator[None]:
+    """What becomes of the weight gradients of a backward pass: `returned` to autograd, `left out` or `added` to `.grad`.
+    Autograd tells a function written in Python which inputs require a gradient, not which gradients were asked for."""
+    _state.weight_gradients = what
     try:
         yield
     finally:
-        _state.activations_only = False
+        _state.weight_gradients = "returned"
 
 
 @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
