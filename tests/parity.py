@@ -55,7 +55,7 @@ HISTORY = (
     ("grad_norm_before_clip", GRADIENT, GRADIENT),
 )
 """What an AdamW run notes of every step, and its tolerances in float32 at the first step and later."""
-ORDERS = 12
+ORDERS = 8
 """Orders of the same sums from which float32's own error is taken."""
 FILLS = {
     "ObjMaskSingleFill": 0.3,

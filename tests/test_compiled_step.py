@@ -40,6 +40,7 @@ COMPILED = [
     "ft", "ft-fd", "ft-kd", "masked-object", "masked-topk", "random-multi", "object-no-fill", "random-no-fill", "context-top-k",
     "kd-no-fill", "grad-cam", "late-layers", "bilinear",
 ]  # fmt: skip
+OTHER_STRATEGIES = ["object-multi", "context-multi", "context-no-fill", "masked-random"]
 STEPS = 5
 OPTIM = OptimConfig(lr=1e-3)
 LEAVES_THE_DEVICE = ("item", "_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
@@ -116,10 +117,15 @@ def test_the_compiled_run_is_the_eager_run(name: str) -> None:
     assert furthest(ours.state.student, pair()[0])[1] > 1e-4, "the parameters must have moved"
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", [*COMPILED, *OTHER_STRATEGIES])
 def test_one_graph_serves_every_step(name: str) -> None:
     """Other batches, other draws and a moving schedule: nothing is compiled a second time."""
     assert len(compiled_run(name).graphs) == 1
+
+
+def test_every_selection_and_fill_is_compiled() -> None:
+    strategies = [build_strategy(CONFIGS[name]) for name in (*COMPILED, *OTHER_STRATEGIES)]
+    assert len({(s.selection, s.fill) for s in strategies if s is not None}) == 9
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -35,6 +35,7 @@ CONFIGS = {
     "masked-random": replace(FD, method="masked-random"),
     "masked-topk": replace(FD, method="masked-topk"),
     "object-multi": replace(FD, masking="ObjMaskMultiFill(0.6)"),
+    "context-multi": replace(FD, masking="CtxMaskMultiFill(0.3)"),
     "random-multi": replace(FD, masking="RandMaskMultiFill(0.5)"),
     "object-no-fill": replace(FD, masking="ObjMaskNoFill(0.3)"),
     "context-no-fill": replace(FD, masking="CtxMaskNoFill(0.6)"),

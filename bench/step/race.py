@@ -2,8 +2,9 @@
 
 Providers: `authors` (float32, materialised attention, torch's default AdamW), `authors-fused-adamw` (the same with the fused
 optimiser, so that the gain is not the optimiser's), `authors-compiled` (that under bf16 autocast and torch.compile),
-`ours-eager`, `ours-compiled`, and `without-…`: our eager step with one identity switched off. Losses and gradients of all
-providers are compared in float32 before anything is timed.
+`ours-eager`, `ours-compiled`, `ours-eager-bf16` (bf16 products over float32 master weights, whatever --precision says), and
+`without-…`: our eager step with one identity switched off. Losses and gradients of all providers are compared in float32
+before anything is timed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ ARCHS = {
 }
 CLASSES = 1000
 EAGER, COMPILED = ("authors", "authors-fused-adamw", "ours-eager"), ("authors-compiled", "ours-compiled")
-PROVIDERS = (*EAGER, *COMPILED, *ABLATIONS)
+IN_BF16 = "ours-eager-bf16"
+PROVIDERS = (*EAGER, *COMPILED, IN_BF16, *ABLATIONS)
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 """Relative, in float32: sums over twelve layers in different orders. Masks that differ in one patch exceed both by far."""
 
@@ -69,7 +71,7 @@ class Race:
         """fp32, tf32 or bf16: the type of the provider's products."""
         if provider.startswith("authors"):
             return "bf16" if provider == "authors-compiled" else "fp32"
-        return resolve(self.config.precision, self.device)
+        return "bf16" if provider == IN_BF16 else resolve(self.config.precision, self.device)
 
 
 def models(vit: ViTConfig, device: str = "cpu") -> tuple[Classifier, Classifier]:
@@ -136,7 +138,7 @@ def optimiser_step(race: Race, provider: str) -> Callable[[], None]:
     strategy, generator = build_strategy(config), torch.Generator(race.device).manual_seed(2)
     draw = partial(draw_for_step, strategy, data, race.vit.patches, generator)
     if provider.startswith("ours"):
-        config = replace(config, epochs=1)
+        config = replace(config, epochs=1, precision=race.precision_of(provider))
         state = TrainState.create(student, config, steps_per_epoch=1000, compiled=provider == "ours-compiled")
         train_step = build_train_step(state, teacher, config)
         return lambda: train_step([(data, draw())]) and None
@@ -163,7 +165,7 @@ def optimiser_step(race: Race, provider: str) -> Callable[[], None]:
 def counted(race: Race, provider: str) -> dict[str, float]:
     """Forward units, megabytes of activations (live storages beyond weights, gradients and the batch) and of everything
     together with the optimiser's state, of an eager step."""
-    vit, count, config = race.vit, race.batch, replace(race.config, precision="fp32")
+    vit, count, config = race.vit, race.batch, replace(race.config, precision=race.precision_of(provider))
     with FakeTensorMode(allow_non_fake_inputs=True):
         student = Classifier(VisionTransformer(vit), torch.zeros(CLASSES, vit.output_dim))
         teacher = Classifier(VisionTransformer(vit), torch.zeros(CLASSES, vit.output_dim)).requires_grad_(False)
@@ -266,14 +268,15 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     base = steps[0]["seconds_p50"]
     rows = [
         [
-            r["provider"], f"{r['seconds_p50']:.3f}", f"{base / r['seconds_p50']:.2f}x", f"{r['images_per_second']:.1f}",
+            r["provider"], r["precision"], f"{r['seconds_p50']:.3f}",
+            f"{base / r['seconds_p50']:.2f}x", f"{r['images_per_second']:.1f}",
             f"{r['forward_units']:.2f}", f"{r['share_of_matmul']:.0%}",
             *(f"{r[key]:.0f}" if key in r else "-" for key in ("activation_mb", "peak_mb")),
             f"{r['compile_seconds']:.0f}" if "compile_seconds" in r else "-",
         ]
         for r in steps
     ]  # fmt: skip
-    header = ["provider", "s per step", "faster", "images/s", "forward units", "of matmul"]
+    header = ["provider", "precision", "s per step", "faster", "images/s", "forward units", "of matmul"]
     header += ["activations, MB", "peak, MB", "compile, s"]
     lines = [markdown_table(header, rows)]
     for r in records:
@@ -293,7 +296,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("auto", "bf16", "tf32", "fp32"), default="auto", help="of our providers")
     parser.add_argument(
-        "--providers", nargs="+", choices=PROVIDERS, help="default: the eager ones; on cuda and for tiny the compiled ones too"
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        help="default: the eager ones, in bf16 too; on cuda and for tiny the compiled ones instead",
     )
     parser.add_argument("--ablations", action="store_true", help="instead: our step with one identity switched off at a time")
     parser.add_argument(
@@ -317,7 +323,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     config = TrainConfig(method=options.mode, masking=options.masking, precision=options.precision)
     compiled = options.device == "cuda" or options.arch == "tiny"
-    providers = list(dict.fromkeys(options.providers or (PROVIDERS[:5] if compiled else EAGER)))
+    providers = list(dict.fromkeys(options.providers or ((*EAGER, *COMPILED) if compiled else (*EAGER, IN_BF16))))
     if options.ablations:
         providers = ["ours-eager", *ABLATIONS]
     if config.precision == "auto" and options.device == "cuda" and not ABLATIONS.keys().isdisjoint(providers):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _state = threading.local()
@@ -91,6 +91,8 @@ def _weight_gradients(what: str) -> Iterator[None]:
         _state.weight_gradients = "returned"
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-def _linear_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(x_shape) * int(weight_shape[0])
+if _ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _linear_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+        return 2 * prod(x_shape) * int(weight_shape[0])
