@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from torch.optim import AdamW
 from bench.records import cpu_environment, gpu_environment, interleaved, markdown_table, show
 from bench.step.ablations import ABLATIONS, build_ablated_step
 from bench.step.authors import Step, build_authors_step
+from bench.step.lanes import lanes
 from bench.step.matrix_rate import matrix_product
 from bench.step.memory import LiveStorages
 from bench.step.stages import stages
@@ -166,7 +168,8 @@ def counted(race: Race, provider: str) -> dict[str, float]:
     """Forward units, megabytes of activations (live storages beyond weights, gradients and the batch) and of everything
     together with the optimiser's state, of an eager step."""
     vit, count, config = race.vit, race.batch, replace(race.config, precision=race.precision_of(provider))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a copy of a teacher asks for it
         student = Classifier(VisionTransformer(vit), torch.zeros(CLASSES, vit.output_dim))
         teacher = Classifier(VisionTransformer(vit), torch.zeros(CLASSES, vit.output_dim)).requires_grad_(False)
         images = torch.zeros(count, vit.image_size, vit.image_size, 3, dtype=torch.uint8)
@@ -223,30 +226,31 @@ def _to_its_end(function: Callable[[], object], device: str) -> Callable[[], Non
     return run
 
 
+def _provider(race: Race, provider: str) -> Callable[[], None]:
+    """What runs in a provider's process: one optimiser step, to its end on the device."""
+    use_matrix_units(resolve(race.config.precision, race.device))
+    return _to_its_end(optimiser_step(race, provider), race.device)
+
+
 def run_race(race: Race, providers: Sequence[str], *, repeats: int = 7) -> Iterator[dict[str, Any]]:
-    """A record per provider, timed in turn in the same run, a matrix product of each precision among them: op `step`, with one
-    of our stages at the end, or `ablation` where the authors do not run. Raises ValueError where the providers disagree."""
+    """A record per provider, each in a process of its own, timed in turn in the same run, a matrix product of each precision
+    among them: op `step`, with one of our stages at the end, or `ablation` where the authors do not run. Raises ValueError
+    where the providers disagree or one fails."""
     use_matrix_units(resolve(race.config.precision, race.device))
     compare(race, providers)
-    runs, compile_seconds = {}, {}
-    for provider in providers:
-        run = _to_its_end(optimiser_step(race, provider), race.device)
-        started = time.perf_counter()
-        run()
-        compile_seconds[provider] = time.perf_counter() - started
-        runs[provider] = run
-    flops_of_product = {}
-    for precision in dict.fromkeys(race.precision_of(provider) for provider in providers):
-        product, flops_of_product[precision] = matrix_product(race.device, precision)
-        runs[f"product in {precision}"] = _to_its_end(product, race.device)
-    times = interleaved(runs, repeats=repeats, warmup=1)
+    precisions = list(dict.fromkeys(race.precision_of(provider) for provider in providers))
+    products = {precision: matrix_product(race.device, precision) for precision in precisions}
+    with lanes({provider: (_provider, (race, provider)) for provider in providers}) as runs:
+        compile_seconds = {provider: runs[provider].first_seconds for provider in providers}
+        timed = {f"product in {name}": _to_its_end(product, race.device) for name, (product, _) in products.items()}
+        times = interleaved({**runs, **timed}, repeats=repeats, warmup=1)
     where = gpu_environment() if race.device == "cuda" else cpu_environment()
     resolved = race.config.resolved
     shared = {"arch": race.arch, "mode": race.config.method, "masking": resolved.masking, "batch": race.batch}
     op = "step" if "authors" in providers else "ablation"
     for provider in providers:
         precision = race.precision_of(provider)
-        rate = flops_of_product[precision] / times[f"product in {precision}"].p50
+        rate = products[precision][1] / times[f"product in {precision}"].p50
         figures = counted(race, provider)
         if provider in COMPILED:
             figures = {name: figures[name] for name in ("forward_units", "flops")}  # the compiler plans its own memory
