@@ -37,7 +37,7 @@ def notes_itself(folder: Path) -> Callable[[], object]:
 
 
 def test_every_call_runs_once_in_the_lanes_own_process(tmp_path: Path) -> None:
-    with lanes({name: (notes_itself, (tmp_path,)) for name in ("a", "b")}) as opened:
+    with lanes(dict.fromkeys(("a", "b"), (notes_itself, (tmp_path,)))) as opened:
         for lane in (opened["a"], opened["b"], opened["a"]):
             lane()
         assert opened["a"].first_seconds > 0
