@@ -25,7 +25,6 @@ from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
 from cammask_fast.masking import Draws, MaskedInput, Strategy, draw_masking, masked_input, parse_strategy
 from cammask_fast.model.classifier import Classifier, Prediction, compute_weights, keeps_precision
-from cammask_fast.model.linear import backward, gradients_at
 from cammask_fast.model.vit import Taps, ViTConfig
 from cammask_fast.optim import FlatAdamW, clipped_step
 from cammask_fast.precision import product_dtype
@@ -120,11 +119,9 @@ def build_train_step(
     gradients, schedule = build_step(state.student, teacher, config), state.schedule
     assert schedule is not None
     trained = [p for p in state.student.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)  # the same memory in every step
 
     def train_step(parts: Sequence[tuple[Batch, Draws | None]]) -> Losses:
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=True)
         losses = _mean([gradients(batch, draws, scale=1 / (len(parts) * processes)) for batch, draws in parts])
         loss = losses.total
         if processes > 1:
@@ -301,11 +298,11 @@ def eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) 
         def tap_gradients(score: Tensor) -> Sequence[Tensor]:
             assert taps is not None
             at: list[Any] = [taps.last_ln_1] if config.cam == "grad-cam" else taps.outputs[config.cam_start_layer :]
-            return gradients_at(at, prediction.logits, score)
+            return torch.autograd.grad(prediction.logits, at, score, retain_graph=True)
 
         def pull_back(cotangents: Cotangents) -> None:
-            used = [(out, given) for out, given in zip(prediction, cotangents, strict=True) if given is not None]
-            backward([out for out, _ in used], [given for _, given in used])
+            used = [(out, cot) for out, cot in zip(prediction, cotangents, strict=True) if cot is not None]
+            torch.autograd.backward([out for out, _ in used], [cot for _, cot in used])
 
         detached = Prediction(prediction.features.detach(), prediction.logits.detach())
         return Pass(detached, taps and taps.detached(), tap_gradients, pull_back)

@@ -13,7 +13,6 @@ from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
 from cammask_fast.kernels.reference import normalise, normalise_relevance
 from cammask_fast.masking import Draws
-from cammask_fast.model import linear
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import Taps, VisionTransformer, ViTConfig
 from cammask_fast.step import build_step
@@ -36,22 +35,6 @@ def test_same_losses_and_gradients_as_our_step(name: str) -> None:
     assert ours.total.item() == pytest.approx(theirs.total.item(), rel=1e-12)
     assert ours.distill.item() == pytest.approx(theirs.distill.item(), rel=1e-12)
     assert wrong_gradients(student, expected) == {}
-
-
-@pytest.mark.skipif(not linear._ONEDNN, reason="this PyTorch was built without oneDNN")
-def test_the_baseline_has_pytorchs_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 on a CPU ours come from oneDNN; the authors' code would not have them."""
-
-    def refused(*_: object) -> None:
-        raise AssertionError("oneDNN was asked for")
-
-    monkeypatch.setattr(linear, "_product", refused)
-    config, data = CONFIGS["masked-object"], batch()
-    student, teacher = (model.float() for model in pair())
-    draws = draws_for(config, data)
-    assert build_authors_step(student, teacher, config)(data, draws).total.isfinite()
-    with pytest.raises(AssertionError, match="oneDNN was asked for"):
-        build_step(student, teacher, config)(data, draws)
 
 
 def test_same_relevance() -> None:

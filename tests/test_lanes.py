@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,15 @@ def notes_itself(folder: Path) -> Callable[[], object]:
     return function
 
 
+def dies_soon() -> Callable[[], object]:
+    """A tenth of a second after its first call, as if the kernel had ended it for its memory."""
+
+    def function() -> None:
+        threading.Timer(0.1, os._exit, (9,)).start()
+
+    return function
+
+
 def test_every_call_runs_once_in_the_lanes_own_process(tmp_path: Path) -> None:
     with lanes(dict.fromkeys(("a", "b"), (notes_itself, (tmp_path,)))) as opened:
         for lane in (opened["a"], opened["b"], opened["a"]):
@@ -60,5 +70,12 @@ def test_an_error_has_the_name_of_its_lane_and_its_message() -> None:
         lanes({"first": (sleeps, (0,)), "second": (fails_at_call, (1,))}),
     ):
         pass
-    with lanes({"later": (fails_at_call, (2,))}) as opened, pytest.raises(ValueError, match="out of luck"):
+    with lanes({"later": (fails_at_call, (2,))}) as opened, pytest.raises(ValueError, match=r"^later: RuntimeError: out"):
         opened["later"]()
+
+
+def test_a_process_that_dies_between_two_calls_is_one_line() -> None:
+    with lanes({"short-lived": (dies_soon, ())}) as opened:
+        time.sleep(0.5)
+        with pytest.raises(ValueError, match=r"^short-lived: its process is gone$"):
+            opened["short-lived"]()

@@ -65,6 +65,15 @@ def test_one_wrong_value_in_any_checked_array_is_caught_by_name(computed: Comput
         assert failures({name: wrong} | {n: a for n, a in arrays.items() if n != name}, quantities, inputs) == {name}
 
 
+def test_the_allowance_for_rounding_stays_small(computed: Computed) -> None:
+    """What three AdamW steps amplify may be widened by float32's own error, not by so much that a fault would fit."""
+    golden, quantities, _ = computed
+    for name in ("loss", "loss_task", "loss_distill", "grad_norm_before_clip", "features_after", "logits_after"):
+        quantity = quantities[f"adamw/{name}"]
+        allowed = (quantity.tolerance * quantity.scale / np.abs(golden[f"adamw/{name}"]).max()).max()
+        assert allowed < 1e-4, name
+
+
 def test_sums_in_another_order_are_the_same_function() -> None:
     """In float64 the same training up to its rounding; in float32 other roundings of the same size."""
     golden = Golden(read_arrays(GOLDEN / "mid-seed0.npz"))

@@ -21,7 +21,6 @@ from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.losses import feature_distillation
 from cammask_fast.masking import Draws, masked_input
 from cammask_fast.model.classifier import Classifier, Prediction
-from cammask_fast.model.linear import gradients_at, linear
 from cammask_fast.model.vit import Block, Taps
 from cammask_fast.precision import product_dtype
 from cammask_fast.step import Losses, build_strategy
@@ -67,7 +66,7 @@ def forward(
 ) -> Prediction:
     """patches: normalised, (N, P, 3 * p * p)."""
     visual = model.visual
-    x = linear(patches, visual.conv1.weight.flatten(1))
+    x = F.linear(patches, visual.conv1.weight.flatten(1))
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
     x = visual.ln_pre(x)
     if kept_tokens is not None:
@@ -88,8 +87,8 @@ def _materialised(block: Block, x: Tensor, cls_only: bool, taps: Taps | None, pr
     attn, normed = block.attn, block.ln_1(x)
     width = x.shape[-1]
     weights, biases = attn.in_proj_weight.split([width, 2 * width]), attn.in_proj_bias.split([width, 2 * width])
-    q = linear(normed[:, :1] if cls_only else normed, weights[0], biases[0])
-    k, v = linear(normed, weights[1], biases[1]).chunk(2, dim=-1)
+    q = F.linear(normed[:, :1] if cls_only else normed, weights[0], biases[0])
+    k, v = F.linear(normed, weights[1], biases[1]).chunk(2, dim=-1)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
     kept = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     out = kept @ v
@@ -122,10 +121,10 @@ def build_ablated_step(student: Classifier, teacher: Classifier, config: TrainCo
         one = switches if switches.cls_row else replace(switches, cls_last_block=False)
         logits = forward(student, patches, one, taps=taps, probabilities=probabilities).logits
         if probabilities is None:
-            gradients = gradients_at(taps.outputs, class_score(logits, labels))
+            gradients = torch.autograd.grad(class_score(logits, labels), taps.outputs, retain_graph=switches.shared_forward)
             with torch.no_grad():
                 return cls_rollout(taps, gradients), logits
-        gradients = gradients_at(probabilities, class_score(logits, labels))
+        gradients = torch.autograd.grad(class_score(logits, labels), probabilities, retain_graph=switches.shared_forward)
         with torch.no_grad():
             length = vit.patches + 1
             rollout = torch.eye(length, dtype=patches.dtype, device=patches.device).expand(len(images), length, length)

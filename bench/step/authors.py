@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
@@ -42,9 +42,9 @@ def forward(
     for block in visual.transformer.resblocks:
         assert isinstance(block, Block)
         x = x + _attend(block, block.ln_1(x), key_mask, attention)
-        hidden = _plain(block.mlp.c_fc, block.ln_2(x))
+        hidden = block.mlp.c_fc(block.ln_2(x))
         quick = visual.config.activation == "quick_gelu"
-        x = x + _plain(block.mlp.c_proj, hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden))
+        x = x + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden))
     features = visual.ln_post(x[:, 0]) @ visual.proj
     return Prediction(features, model.head(F.normalize(features, dim=-1)))
 
@@ -59,12 +59,7 @@ def _attend(block: Block, x: Tensor, key_mask: Tensor | None, attention: list[Te
     probabilities = scores.softmax(-1)  # (N, A, L, L)
     if attention is not None:
         attention.append(probabilities)
-    return _plain(attn.out_proj, (probabilities @ v).transpose(1, 2).flatten(2))
-
-
-def _plain(layer: nn.Linear, x: Tensor) -> Tensor:
-    """PyTorch's own linear layer, whatever ours does."""
-    return F.linear(x, layer.weight, layer.bias)
+    return attn.out_proj((probabilities @ v).transpose(1, 2).flatten(2))
 
 
 def relevance(model: Classifier, pixels: Tensor, labels: Tensor) -> Tensor:

@@ -1,8 +1,5 @@
-"""Functions that live in processes of their own and are called one at a time.
-
-A step's speed on a CPU depends on what was allocated and freed in its process before (whether a large tensor gets pages that
-are mapped already). Beside each other in one process, one provider would run in the memory that another left behind.
-"""
+"""Functions that live in processes of their own and are called one at a time: what one allocates, frees or leaves in its
+process (memory, threads, compiled code) is not there for the next."""
 
 from __future__ import annotations
 
@@ -20,34 +17,34 @@ Build = Callable[..., Callable[[], object]]
 
 class Lane:
     """Calling it runs the function of its process and returns when that has returned. first_seconds: the first call, made when
-    the process starts, compilation included. Raises ValueError where the function raises."""
+    the process starts, compilation included. Raises ValueError, with the lane's name, where the function raises or its process
+    is gone."""
 
-    def __init__(self, connection: Connection):
-        self._connection = connection
+    def __init__(self, name: str, connection: Connection):
+        self._name, self._connection = name, connection
         self.first_seconds: float = 0.0
 
     def __call__(self) -> float:
-        self._connection.send("run")
-        return self._answer()
-
-    def _answer(self) -> float:
-        try:
-            seconds, error = self._connection.recv()
-        except (EOFError, ConnectionError):
-            error = "its process is gone"
-        if error:
-            raise ValueError(error)
-        return float(seconds)
+        return self._ask("run")
 
     def start(self, threads: int, build: Build, arguments: Sequence[Any]) -> None:
-        self._connection.send((threads, build, arguments))
-        self.first_seconds = self._answer()
+        self.first_seconds = self._ask((threads, build, arguments))
+
+    def _ask(self, what: object) -> float:
+        try:
+            self._connection.send(what)
+            seconds, error = self._connection.recv()
+        except (EOFError, ConnectionError):
+            seconds, error = 0.0, "its process is gone"
+        if error:
+            raise ValueError(f"{self._name}: {error}")
+        return float(seconds)
 
 
 @contextmanager
 def lanes(functions: Mapping[str, tuple[Build, Sequence[Any]]]) -> Iterator[dict[str, Lane]]:
     """A process per name, which calls build(*arguments) and then its result whenever the lane is called. Builds and arguments
-    can be pickled. The processes end with the context. Raises ValueError, with the lane's name, where a first call fails."""
+    can be pickled. The processes end with the context. Raises ValueError where a first call fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.step.race"])
     processes, opened = [], {}
@@ -58,12 +55,9 @@ def lanes(functions: Mapping[str, tuple[Build, Sequence[Any]]]) -> Iterator[dict
             process.start()
             theirs.close()
             processes.append(process)
-            opened[name] = Lane(ours)
+            opened[name] = Lane(name, ours)
         for name, (build, arguments) in functions.items():
-            try:
-                opened[name].start(torch.get_num_threads(), build, arguments)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+            opened[name].start(torch.get_num_threads(), build, arguments)
         yield opened
     finally:
         for process in processes:

@@ -11,7 +11,6 @@ from torch import Tensor
 from cammask_fast.kernels.cls_relevance import cls_relevance
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.model.classifier import Classifier
-from cammask_fast.model.linear import gradients_at
 from cammask_fast.model.vit import Taps
 
 __all__ = ["class_score", "cls_rollout", "grad_cam", "mm_cam", "relevance_of", "weighted_activation"]
@@ -31,7 +30,7 @@ def mm_cam(logits: Tensor, labels: Tensor, taps: Taps, *, start_layer: int = 0) 
     outputs = taps.outputs[start_layer:]
     if not outputs:
         raise ValueError(f"cam_start_layer: expected 0..{len(taps.outputs) - 1}, got {start_layer}")
-    gradients = gradients_at(outputs, class_score(logits, labels))
+    gradients = torch.autograd.grad(class_score(logits, labels), outputs, retain_graph=True)
     with torch.no_grad():
         return cls_rollout(taps, gradients)
 
@@ -54,7 +53,7 @@ def grad_cam(logits: Tensor, labels: Tensor, taps: Taps) -> Tensor:
     The sum over tokens includes CLS. Can be zero everywhere.
     """
     assert taps.last_ln_1 is not None
-    (gradient,) = gradients_at([taps.last_ln_1], class_score(logits, labels))
+    (gradient,) = torch.autograd.grad(class_score(logits, labels), taps.last_ln_1, retain_graph=True)
     with torch.no_grad():
         return weighted_activation(taps, gradient)
 

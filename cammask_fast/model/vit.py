@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cammask_fast.model.linear import linear
-
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
@@ -96,11 +94,6 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention under the parameter names of nn.MultiheadAttention."""
 
@@ -109,7 +102,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, L, D) -> (N, A, L, d)
@@ -119,10 +112,10 @@ class Attention(nn.Module):
         if cls_only:
             width = x.shape[-1]
             weights, biases = self.in_proj_weight.split([width, 2 * width]), self.in_proj_bias.split([width, 2 * width])
-            q = linear(x[:, :1], weights[0], biases[0])
-            k, v = linear(x, weights[1], biases[1]).chunk(2, dim=-1)
+            q = F.linear(x[:, :1], weights[0], biases[0])
+            k, v = F.linear(x, weights[1], biases[1]).chunk(2, dim=-1)
         else:
-            q, k, v = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_mask is None else ~key_mask[:, None, None, :])
         if taps is not None:
@@ -153,8 +146,8 @@ class _QuickGELU(torch.autograd.Function):
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
-        self.c_fc = Linear(width, hidden)
-        self.c_proj = Linear(hidden, width)
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,8 +236,10 @@ class VisionTransformer(nn.Module):
         keys = patches if kept_tokens is None else kept_tokens.shape[1] - 1
         if key_mask is not None and key_mask.shape != (len(images), keys):
             raise ValueError(f"key_mask: expected ({len(images)}, {keys}), got {tuple(key_mask.shape)}")
-        is_cut = images.ndim == 3
-        x = linear(images, self.conv1.weight.flatten(1)) if is_cut else self.conv1(images).flatten(2).mT  # (N, P, D)
+        if images.ndim == 3:
+            x = F.linear(images, self.conv1.weight.flatten(1))  # (N, P, D)
+        else:
+            x = self.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
         x = self.ln_pre(x)  # (N, L, D)
         if kept_tokens is not None:
