@@ -24,7 +24,7 @@ from cammask_fast.data.batch import Batch
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
 from cammask_fast.masking import Draws, MaskedInput, Strategy, draw_masking, masked_input, parse_strategy
-from cammask_fast.model.classifier import Classifier, Prediction, compute_weights, keeps_precision
+from cammask_fast.model.classifier import Classifier, ComputeCopy, Prediction, compute_weights, keeps_precision
 from cammask_fast.model.vit import Taps, ViTConfig
 from cammask_fast.optim import FlatAdamW, clipped_step
 from cammask_fast.precision import product_dtype
@@ -90,9 +90,10 @@ def build_step(student: Classifier, teacher: Classifier | None, config: TrainCon
     products. Raises ValueError on what cannot work."""
     dtype = product_dtype(config.precision, student.head.weight)
     body, stored = step_body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
+    forward = eager_forward(student, config, dtype)
 
     def step(batch: Batch, draws: Draws | None, *, scale: float = 1.0) -> Losses:
-        return body(eager_forward(student, config, dtype), stored, batch, draws, scale)
+        return body(forward(), stored, batch, draws, scale)
 
     return step
 
@@ -281,15 +282,21 @@ def _losses(config: TrainConfig, task: Tensor, distill: Tensor) -> Losses:
     return Losses(config.w_task * task + config.w_distill * distill, task, distill)
 
 
-def eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) -> Forward:
-    """Passes over autograd's graph; weight gradients go to `.grad`."""
-    call: Callable[..., Prediction] = student
-    if student.visual.conv1.weight.dtype != dtype:
-        weights = compute_weights(dict(student.named_parameters()), dtype)
+def eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) -> Callable[[], Forward]:
+    """Passes over autograd's graph, with the weights as they are when the result is called, once per step; weight gradients go
+    to `.grad`."""
+    if student.visual.conv1.weight.dtype == dtype:
+        return lambda: _autograd_forward(student, config)
+    weights = ComputeCopy(student, dtype)
+    return lambda: _autograd_forward(partial(_with_weights, student, weights.refreshed()), config)
 
-        def call(patches: Tensor, **options: Any) -> Prediction:
-            return functional_call(student, weights, (patches,), options)
 
+def _with_weights(student: Classifier, weights: dict[str, Tensor], patches: Tensor, **options: Any) -> Prediction:
+    prediction: Prediction = functional_call(student, weights, (patches,), options)
+    return prediction
+
+
+def _autograd_forward(call: Callable[..., Prediction], config: TrainConfig) -> Forward:
     def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass:
         taps = Taps() if tapped else None
         tokens = {} if masked is None else {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}

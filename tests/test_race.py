@@ -103,6 +103,33 @@ def test_ablations_in_another_type_than_the_weights_are_refused() -> None:
     assert one.precision_of("authors") == "fp32"
 
 
+def test_bf16_runs_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, seen = race.Race(arch="tiny", config=TrainConfig(method="masked-object"), batch=2), []
+    providers = ("authors", "authors-bf16", "ours-eager", "ours-eager-bf16")
+    assert [one.precision_of(provider) for provider in providers] == ["fp32", "bf16", "fp32", "bf16"]
+    authors, cast, _, ours = (race.counted(one, provider) for provider in providers)
+    assert cast["activation_mb"] < 0.9 * authors["activation_mb"]
+    assert ours["activation_mb"] < 0.6 * cast["activation_mb"]
+    weights = race.trained_bytes(one.vit) / 1e6
+    held = ours["peak_mb"] - ours["activation_mb"]
+    assert 4.9 * weights < held < 5.1 * weights, "weights, gradients and two moments in float32; student and teacher in bf16"
+    build = build_authors_step
+
+    def watched(*arguments: object) -> Step:
+        step = build(*arguments)  # type: ignore[arg-type]
+
+        def run(batch: Batch, draws: Draws | None) -> Losses:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return step(batch, draws)
+
+        return run
+
+    monkeypatch.setattr(race, "build_authors_step", watched)
+    for provider in ("authors-fused-adamw", "authors-bf16"):
+        race.optimiser_step(one, provider)()
+    assert seen == [False, True]
+
+
 def test_every_ablation_gives_our_losses_and_gradients() -> None:
     for masking in ("", "ObjMaskMultiFill(top=50%)", "CtxMaskNoFill(top=50%)"):
         config = TrainConfig(method="masked-object", masking=masking)

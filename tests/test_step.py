@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from cammask_fast import step as step_module
 from cammask_fast.cam import cls_rollout, grad_cam, mm_cam
@@ -16,7 +17,7 @@ from cammask_fast.config import OptimConfig, TrainConfig
 from cammask_fast.data.batch import ArrayLoader, Batch
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.masking import Draws, counterfactual
-from cammask_fast.model.classifier import Classifier
+from cammask_fast.model.classifier import Classifier, compute_weights, keeps_precision
 from cammask_fast.model.vit import Taps, VisionTransformer, ViTConfig
 from cammask_fast.state import TrainState
 from cammask_fast.step import build_step, build_strategy, draw_for_step
@@ -259,6 +260,74 @@ def test_single_precision_follows_double_precision() -> None:
     assert single.total.item() == pytest.approx(double.total.item(), rel=3e-5)
     assert wrong_gradients(small, expected, tolerance=3e-5) == {}
     assert F.cross_entropy(small(normalise(data.images)).logits, data.labels).item() == pytest.approx(single.task.item())
+
+
+IN_BF16 = {name: replace(CONFIGS[name], precision="bf16") for name in ("ft", "masked-object", "masked-topk", "kd-no-fill")}
+
+
+def single_pair() -> tuple[Classifier, Classifier]:
+    student, teacher = pair()
+    return student.float(), teacher.float()
+
+
+def gradients_in(student: Classifier) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", IN_BF16)
+def test_gradients_at_bf16_weights_are_those_that_pass_through_their_cast(name: str) -> None:
+    """To the bit, with gradients of both passes in one sum, in float32, and the master weights as they were."""
+    config, data, (student, teacher) = IN_BF16[name], batch(), single_pair()
+    draws, parameters = draws_for(config, data), dict(student.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    cast = step_module._autograd_forward(
+        lambda patches, **options: functional_call(student, compute_weights(parameters, torch.bfloat16), patches, options),
+        config,
+    )
+    body = step_module.step_body(TINY, config, torch.bfloat16)
+    losses = body(cast, teacher.stored_in(torch.bfloat16), data, draws, 1.0)
+    expected = gradients_in(student)
+    student.zero_grad()
+    assert build_step(student, teacher, config)(data, draws) == losses
+    assert {name: g.dtype for name, g in gradients_in(student).items()} == dict.fromkeys(parameters, torch.float32)
+    assert wrong_gradients(student, expected, tolerance=0) == {}
+    assert all(torch.equal(before[name], parameter) for name, parameter in parameters.items())
+
+
+def test_steps_in_bf16_use_the_same_memory_and_forget_the_step_before() -> None:
+    config, data, (student, teacher) = IN_BF16["masked-object"], batch(), single_pair()
+    step, draws = build_step(student, teacher, config), draws_for(config, data)
+    step(data, draws)
+    once, places = gradients_in(student), {n: p.grad.data_ptr() for n, p in student.named_parameters() if p.grad is not None}
+    step(data, draws)
+    assert wrong_gradients(student, {name: 2 * g for name, g in once.items()}, tolerance=1e-6) == {}
+    student.zero_grad(set_to_none=True)
+    step(data, draws)
+    assert wrong_gradients(student, once, tolerance=0) == {}
+    cast = [name for name in places if not keeps_precision(name)]
+    assert len(cast) > 20
+    assert {n: student.get_parameter(n).grad.data_ptr() for n in cast} == {n: places[n] for n in cast}  # type: ignore[union-attr]
+
+
+def test_steps_in_bf16_see_weights_that_moved() -> None:
+    config, data, (student, teacher) = IN_BF16["masked-object"], batch(), single_pair()
+    step, draws = build_step(student, teacher, config), draws_for(config, data)
+    step(data, draws)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.25)
+    student.zero_grad()
+    losses, found = step(data, draws), gradients_in(student)
+    student.zero_grad()
+    assert build_step(student, teacher, config)(data, draws) == losses
+    assert wrong_gradients(student, found, tolerance=0) == {}
+
+
+def test_a_linear_probe_in_bf16_trains_the_head_alone() -> None:
+    student, config = classifier(dtype=torch.float32), TrainConfig(method="lp", precision="bf16")
+    TrainState.create(student, config, steps_per_epoch=1)
+    build_step(student, None, config)(batch(), None)
+    assert gradients_in(student).keys() == {"head.weight", "head.bias"}
 
 
 def test_the_rollout_stays_float32_under_half_precision() -> None:

@@ -1,10 +1,10 @@
 """One optimiser step, ours against the authors' algorithm: seconds, counted work and memory in one run.
 
 Providers: `authors` (float32, materialised attention, torch's default AdamW), `authors-fused-adamw` (the same with the fused
-optimiser, so that the gain is not the optimiser's), `authors-compiled` (that under bf16 autocast and torch.compile),
-`ours-eager`, `ours-compiled`, `ours-eager-bf16` (bf16 products over float32 master weights, whatever --precision says), and
-`without-…`: our eager step with one identity switched off. Losses and gradients of all providers are compared in float32
-before anything is timed.
+optimiser, so that the gain is not the optimiser's), `authors-bf16` (that under bf16 autocast), `authors-compiled` (that under
+torch.compile too), `ours-eager`, `ours-compiled`, `ours-eager-bf16` (bf16 products over float32 master weights, whatever
+--precision says), and `without-…`: our eager step with one identity switched off. Losses and gradients of all providers are
+compared in float32 before anything is timed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -35,12 +34,13 @@ from bench.step.stages import stages
 from bench.step.work import count_flops, forward_unit
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.batch import Batch
+from cammask_fast.masking import Draws
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.optim import build_optimizer
-from cammask_fast.precision import resolve, use_matrix_units
+from cammask_fast.precision import product_dtype, resolve, use_matrix_units
 from cammask_fast.state import TrainState
-from cammask_fast.step import build_step, build_strategy, build_train_step, draw_for_step
+from cammask_fast.step import Losses, build_step, build_strategy, build_train_step, draw_for_step
 
 ARCHS = {
     "tiny": ViTConfig(image_size=48, patch_size=8, width=96, layers=4, heads=3, output_dim=64),
@@ -50,15 +50,16 @@ ARCHS = {
 }
 CLASSES = 1000
 EAGER, COMPILED = ("authors", "authors-fused-adamw", "ours-eager"), ("authors-compiled", "ours-compiled")
-IN_BF16 = "ours-eager-bf16"
-PROVIDERS = (*EAGER, *COMPILED, IN_BF16, *ABLATIONS)
+IN_BF16 = ("authors-bf16", "ours-eager-bf16")
+PROVIDERS = (*EAGER, *COMPILED, *IN_BF16, *ABLATIONS)
+AUTOCAST = ("authors-bf16", "authors-compiled")
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 """Relative, in float32: sums over twelve layers in different orders. Masks that differ in one patch exceed both by far."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Race:
-    """What is raced. config.precision is that of our providers; the authors' is float32, and bf16 autocast where compiled."""
+    """What is raced. config.precision is that of our providers; the authors' is float32, and bf16 under autocast."""
 
     arch: str
     config: TrainConfig
@@ -72,8 +73,8 @@ class Race:
     def precision_of(self, provider: str) -> str:
         """fp32, tf32 or bf16: the type of the provider's products."""
         if provider.startswith("authors"):
-            return "bf16" if provider == "authors-compiled" else "fp32"
-        return "bf16" if provider == IN_BF16 else resolve(self.config.precision, self.device)
+            return "bf16" if provider in AUTOCAST else "fp32"
+        return "bf16" if provider in IN_BF16 else resolve(self.config.precision, self.device)
 
 
 def models(vit: ViTConfig, device: str = "cpu") -> tuple[Classifier, Classifier]:
@@ -107,6 +108,16 @@ def gradient_step(provider: str, student: Classifier, teacher: Classifier, confi
     if provider.startswith("ours"):
         return build_step(student, teacher, config)
     return build_authors_step(student, teacher, config)
+
+
+def _in_its_type(provider: str, step: Step, device: str) -> Step:
+    """The step as the provider runs it: under bf16 autocast or as it is."""
+
+    def under_autocast(batch: Batch, draws: Draws | None) -> Losses:
+        with torch.autocast(device, torch.bfloat16):
+            return step(batch, draws)
+
+    return under_autocast if provider in AUTOCAST else step
 
 
 def compare(race: Race, providers: Sequence[str]) -> None:
@@ -154,10 +165,11 @@ def optimiser_step(race: Race, provider: str) -> Callable[[], None]:
     else:
         step = gradient_step(provider, student, teacher, config)
 
+    step = _in_its_type(provider, step, race.device)
+
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(race.device, torch.bfloat16) if provider == "authors-compiled" else nullcontext():
-            step(data, draw())
+        step(data, draw())
         clip_grad_norm_(student.parameters(), c.clip_norm)
         optimizer.step()
 
@@ -165,8 +177,8 @@ def optimiser_step(race: Race, provider: str) -> Callable[[], None]:
 
 
 def counted(race: Race, provider: str) -> dict[str, float]:
-    """Forward units, megabytes of activations (live storages beyond weights, gradients and the batch) and of everything
-    together with the optimiser's state, of an eager step."""
+    """Forward units, megabytes of activations (live storages beyond weights, their copy in the type of the products, gradients
+    and the batch) and of everything together with the optimiser's state, of an eager step."""
     vit, count, config = race.vit, race.batch, replace(race.config, precision=race.precision_of(provider))
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a copy of a teacher asks for it
@@ -176,20 +188,23 @@ def counted(race: Race, provider: str) -> dict[str, float]:
         data = Batch(images, torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64))
         draws = draw_for_step(build_strategy(config), data, vit.patches, torch.Generator().manual_seed(0))
         unit = forward_unit(student, count)
-        step = gradient_step(provider, student, teacher, config)
-        flops = count_flops(lambda: step(data, draws))
+        if provider.startswith("ours"):
+            teacher = teacher.stored_in(product_dtype(config.precision, student.head.weight))
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
         weights = [*student.parameters(), *teacher.parameters()]
         gradients = [p.grad for p in student.parameters() if p.grad is not None]
         with LiveStorages([*weights, *gradients, *data]) as memory:
+            step = _in_its_type(provider, gradient_step(provider, student, teacher, config), race.device)
+            flops = count_flops(lambda: step(data, draws))
+            kept = memory.peak = memory.live  # weights in the type of the products
             step(data, draws)
     trained = sum(p.numel() * p.element_size() for p in student.parameters())
     owned = sum(t.numel() * t.element_size() for t in [*weights, *gradients, *data]) + 2 * trained
     return {
         "forward_units": flops / unit,
         "flops": flops,
-        "activation_mb": memory.peak / 1e6,
+        "activation_mb": (memory.peak - kept) / 1e6,
         "peak_mb": (memory.peak + owned) / 1e6,
     }
 
@@ -327,7 +342,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     config = TrainConfig(method=options.mode, masking=options.masking, precision=options.precision)
     compiled = options.device == "cuda" or options.arch == "tiny"
-    providers = list(dict.fromkeys(options.providers or ((*EAGER, *COMPILED) if compiled else (*EAGER, IN_BF16))))
+    providers = list(dict.fromkeys(options.providers or ((*EAGER, *COMPILED) if compiled else (*EAGER, *IN_BF16))))
     if options.ablations:
         providers = ["ours-eager", *ABLATIONS]
     if config.precision == "auto" and options.device == "cuda" and not ABLATIONS.keys().isdisjoint(providers):

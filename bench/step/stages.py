@@ -34,7 +34,7 @@ def stages(
         stage, since = name, now
 
     dtype = product_dtype(config.precision, student.head.weight)
-    inner, masks = eager_forward(student, config, dtype), draws is not None
+    inner, masks = eager_forward(student, config, dtype)(), draws is not None
 
     def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass:
         enter("task" if masked is None else "masked student")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,43 @@ def compute_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[s
     """A classifier's weights as a forward in `dtype` takes them, differentiable: norms, projection and head stay as they are
     (they work on few numbers and decide the losses), everything else is cast. No copy where the type is right already."""
     return {name: value if keeps_precision(name) else value.to(dtype) for name, value in weights.items()}
+
+
+class ComputeCopy:
+    """A classifier's weights as a forward in `dtype` takes them, for eager steps: a cast weight is a leaf of its own, and what
+    a backward pass finds there is added to the parameter's `.grad`, in the parameter's type. Leaves and gradients lie in the
+    same memory in every step: a `.grad` that was set to None is given its old memory again."""
+
+    def __init__(self, model: Classifier, dtype: torch.dtype):
+        parameters = {name: p for name, p in model.named_parameters() if not keeps_precision(name)}
+        self._parameters: list[Tensor] = list(parameters.values())
+        self._leaves = [torch.empty_like(p, dtype=dtype).requires_grad_(p.requires_grad) for p in self._parameters]
+        self._weights = dict(model.named_parameters()) | dict(zip(parameters, self._leaves, strict=True))
+        self._gradients: dict[int, Tensor] = {}
+        self._scratch = self._parameters[0].new_empty(0)
+        for index, leaf in enumerate(self._leaves):
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(partial(self._hand_over, index))
+
+    @torch.no_grad()
+    def refreshed(self) -> dict[str, Tensor]:
+        """The weights by name, with the parameters' present values."""
+        torch._foreach_copy_(self._leaves, self._parameters)
+        return self._weights
+
+    def _hand_over(self, index: int, leaf: Tensor) -> None:
+        parameter, gradient, leaf.grad = self._parameters[index], leaf.grad, None
+        assert gradient is not None
+        if parameter.grad is None:
+            if index not in self._gradients:
+                self._gradients[index] = torch.empty_like(parameter)
+            parameter.grad = self._gradients[index].copy_(gradient)
+        elif parameter.is_cuda:
+            parameter.grad.add_(gradient)
+        else:  # to add a tensor of another type, PyTorch would cast it into new memory, which costs more than the sum
+            if len(self._scratch) < gradient.numel():
+                self._scratch = parameter.new_empty(gradient.numel())
+            parameter.grad.add_(self._scratch[: gradient.numel()].view_as(gradient).copy_(gradient))
 
 
 def keeps_precision(name: str) -> bool:
