@@ -46,6 +46,17 @@ def dies_soon() -> Callable[[], object]:
     return function
 
 
+def dies_in_its_second_call() -> Callable[[], object]:
+    calls: list[int] = []
+
+    def function() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            os._exit(9)
+
+    return function
+
+
 def test_every_call_runs_once_in_the_lanes_own_process(tmp_path: Path) -> None:
     with lanes(dict.fromkeys(("a", "b"), (notes_itself, (tmp_path,)))) as opened:
         for lane in (opened["a"], opened["b"], opened["a"]):
@@ -79,3 +90,9 @@ def test_a_process_that_dies_between_two_calls_is_one_line() -> None:
         time.sleep(0.5)
         with pytest.raises(ValueError, match=r"^short-lived: its process is gone$"):
             opened["short-lived"]()
+
+
+def test_a_process_that_dies_in_a_call_is_one_line() -> None:
+    gone = pytest.raises(ValueError, match=r"^unlucky: its process is gone$")
+    with lanes({"unlucky": (dies_in_its_second_call, ())}) as opened, gone:
+        opened["unlucky"]()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.step.race import ARCHS
-from bench.step.work import UncountedOperator, count_flops, forward_unit
+from bench.step.work import PRODUCTS, UncountedOperator, count_flops, forward_unit
 from cammask_fast.kernels.masked_fill import counterfactual_batch
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer
@@ -44,6 +44,20 @@ def test_an_operator_without_a_formula_is_refused() -> None:
         count_flops(lambda: torch.zeros(4, 4).addmm_(a, a))
     images, cam = torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.rand(2, 4)
     assert count_flops(lambda: counterfactual_batch(images, cam, torch.tensor([1, 0]), threshold=0.3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "works"),
+    [
+        ("mm", True), ("addmm_", True), ("_scaled_mm", True), ("_int_mm", True), ("addmv", True), ("vdot", True),
+        ("matmul", True), ("linear_backward", True), ("_efficient_attention_forward", True), ("slow_conv3d", True),
+        ("_scaled_dot_product_attention_math_for_mps", True), ("lstm_cell", True),
+        ("add", False), ("mul", False), ("bmm_", True), ("native_layer_norm", False), ("linalg_vector_norm", False),
+        ("lerp", False), ("softmax", False), ("clamp_min", False), ("linspace", False), ("common", False),
+    ],
+)  # fmt: skip
+def test_operators_whose_names_say_that_they_multiply_matrices(name: str, *, works: bool) -> None:
+    assert bool(PRODUCTS.search(name)) == works
 
 
 @pytest.mark.parametrize(("arch", "gigaflops"), [("ViT-B/32", 8.82), ("ViT-B/16", 35.13), ("ViT-L/14", 162.0)])
