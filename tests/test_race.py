@@ -109,10 +109,10 @@ def test_bf16_runs_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.precision_of(provider) for provider in providers] == ["fp32", "bf16", "fp32", "bf16"]
     authors, cast, _, ours = (race.counted(one, provider) for provider in providers)
     assert cast["activation_mb"] < 0.9 * authors["activation_mb"]
-    assert ours["activation_mb"] < 0.6 * cast["activation_mb"]
     weights = race.trained_bytes(one.vit) / 1e6
+    assert 0.4 * weights < ours["activation_mb"] < 0.6 * cast["activation_mb"], "the student's weights in bf16 are among them"
     held = ours["peak_mb"] - ours["activation_mb"]
-    assert 4.9 * weights < held < 5.1 * weights, "weights, gradients and two moments in float32; student and teacher in bf16"
+    assert 4.4 * weights < held < 4.6 * weights, "weights, gradients and two moments in float32; the teacher in bf16"
     build = build_authors_step
 
     def watched(*arguments: object) -> Step:

@@ -29,7 +29,8 @@ Measure = Callable[[Race, str], dict[str, Any]]
 
 def measure(race: Race, provider: str) -> dict[str, Any]:
     """Seconds, memory and compile time of one provider. After the warm-up, a synchronisation inside our compiled step is an
-    error. activation_mb: the peak beyond what is held between steps (weights, optimiser state, batch) and the gradients."""
+    error. activation_mb: the peak beyond the gradients and what is held between steps (weights, eagerly also in the type of the
+    products, optimiser state, batch)."""
     use_matrix_units(resolve(race.config.precision, race.device))
     rate = _matmul_rate(race.precision_of(provider))
     torch._dynamo.reset()

@@ -177,8 +177,9 @@ def optimiser_step(race: Race, provider: str) -> Callable[[], None]:
 
 
 def counted(race: Race, provider: str) -> dict[str, float]:
-    """Forward units, megabytes of activations (live storages beyond weights, their copy in the type of the products, gradients
-    and the batch) and of everything together with the optimiser's state, of an eager step."""
+    """Forward units, megabytes of activations (live storages beyond weights, gradients and the batch; weights that are cast for
+    the products are among them, as in autocast's cache) and of everything together with the optimiser's state, of an eager
+    step."""
     vit, count, config = race.vit, race.batch, replace(race.config, precision=race.precision_of(provider))
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a copy of a teacher asks for it
@@ -190,21 +191,23 @@ def counted(race: Race, provider: str) -> dict[str, float]:
         unit = forward_unit(student, count)
         if provider.startswith("ours"):
             teacher = teacher.stored_in(product_dtype(config.precision, student.head.weight))
+
+        def built_and_run() -> None:
+            _in_its_type(provider, gradient_step(provider, student, teacher, config), race.device)(data, draws)
+
+        flops = count_flops(built_and_run)
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
         weights = [*student.parameters(), *teacher.parameters()]
         gradients = [p.grad for p in student.parameters() if p.grad is not None]
         with LiveStorages([*weights, *gradients, *data]) as memory:
-            step = _in_its_type(provider, gradient_step(provider, student, teacher, config), race.device)
-            flops = count_flops(lambda: step(data, draws))
-            kept = memory.peak = memory.live  # weights in the type of the products
-            step(data, draws)
+            built_and_run()
     trained = sum(p.numel() * p.element_size() for p in student.parameters())
     owned = sum(t.numel() * t.element_size() for t in [*weights, *gradients, *data]) + 2 * trained
     return {
         "forward_units": flops / unit,
         "flops": flops,
-        "activation_mb": (memory.peak - kept) / 1e6,
+        "activation_mb": memory.peak / 1e6,
         "peak_mb": (memory.peak + owned) / 1e6,
     }
 
