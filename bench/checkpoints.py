@@ -16,8 +16,8 @@ from bench.step.race import models, random_batch
 from cammask_fast.checkpoint import Checkpoints
 from cammask_fast.config import TrainConfig
 from cammask_fast.model.pretrained import vit_config
-from cammask_fast.state import Saved, TrainState
-from cammask_fast.step import build_strategy, build_train_step, draw_for_step
+from cammask_fast.state import Snapshot, TrainState
+from cammask_fast.step import build_strategy, build_train_step, sample_step_randomness
 
 EVERY = 500
 """Steps between two checkpoints, the default of `cammask train`."""
@@ -57,7 +57,7 @@ def measure(arch: str, batch: int, saves: int, folder: Path) -> dict[str, Any]:
 
     def timed() -> float:
         started = time.perf_counter()
-        step([(data, draw_for_step(strategy, data, vit.patches, state.generator))])
+        step([(data, sample_step_randomness(strategy, data, vit.patches, state.generator))])
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -72,13 +72,13 @@ def measure(arch: str, batch: int, saves: int, folder: Path) -> dict[str, Any]:
         state.step += 1
         saved = state.state_dict()
         started = time.perf_counter()
-        keeper.save(Saved(saved.tensors, {**saved.rest, "best_step": 0}))
+        keeper.save(Snapshot(saved.tensors, {**saved.metadata, "best_step": 0}))
         during.append(timed())
         keeper.wait()
         writes.append(time.perf_counter() - started)
     if problems:
         raise ValueError(problems[0])
-    size = sum(path.stat().st_size for path in keeper.places()[-1].iterdir())
+    size = sum(path.stat().st_size for path in keeper.folders()[-1].iterdir())
     median = statistics.median
     return {
         "op": "checkpoint", "arch": arch, "batch": batch, "step_seconds": median(alone), "step_while_writing": median(during),

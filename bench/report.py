@@ -184,7 +184,7 @@ def runs_section(records: Records) -> str:
 
 
 def data_section(records: Records) -> str:
-    """Loading: the last record of a loader, its files and its workers; on a GPU by case."""
+    """LoaderConfig: the last record of a loader, its files and its workers; on a GPU by case."""
     measured = [r for r in records if r.get("op") == "data"]
     on_gpu, on_cpu = [r for r in measured if "gpu" in r], [r for r in measured if "cpu" in r]
     sections = [] if on_gpu else [NO_DATA_ON_GPU]

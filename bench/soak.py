@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 
 from bench.processes import kill, last_step, logged, run, start, trainers, wait_for
 from bench.records import cpu_environment, show
-from cammask_fast.data.benchmark import training_splits
-from cammask_fast.data.texture_digits import CLASS_NAMES
+from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
+from cammask_fast.data.datasets.texture_digits_splits import training_splits
 
 RANKS = 2
 BATCH = 16
@@ -89,9 +89,9 @@ def soak(folder: Path, *, minutes: float, seed: int) -> dict[str, object]:
     steps = last_step(whole)
     disturbed = Disturbed(argv(out), out, folder / "log.txt", generator)
     injected, survived = Counter[str](), Counter[str]()
-    for place, (target, kind) in enumerate(plan(faults, steps, generator)):
+    for index, (target, kind) in enumerate(plan(faults, steps, generator)):
         late = time.monotonic() - begun > 60 * minutes * 0.9
-        if late and place >= len(FAULTS):
+        if late and index >= len(FAULTS):
             break
         if not disturbed.reaches(target):
             break
@@ -125,15 +125,15 @@ def plan(faults: int, steps: int, generator: random.Random) -> list[tuple[int, s
     kinds: list[str] = []
     while len(kinds) < faults:
         kinds += generator.sample(list(FAULTS), len(FAULTS))
-    return [(5 + place * apart + generator.randrange(apart // 2), kinds[place]) for place in range(faults)]
+    return [(5 + index * apart + generator.randrange(apart // 2), kinds[index]) for index in range(faults)]
 
 
 def write_images(folder: Path, generator: random.Random) -> Path:
     """The first images of the benchmark's training split as PNG files, some of them cut off."""
     train, _ = training_splits(0, batch_size=BATCH)
     files = []
-    for place, (image, label) in enumerate(zip(train.images[:IMAGES], train.labels[:IMAGES].tolist(), strict=True)):
-        path = folder / CLASS_NAMES[label] / f"{place:04d}.png"
+    for index, (image, label) in enumerate(zip(train.images[:IMAGES], train.labels[:IMAGES].tolist(), strict=True)):
+        path = folder / CLASS_NAMES[label] / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.numpy()).save(path)
         files.append(path)
@@ -211,11 +211,11 @@ def stop_all(run: Disturbed) -> None:
 def damage_a_checkpoint(run: Disturbed) -> None:
     """Flip a bit of the newest checkpoint or cut it off, and kill a rank, so that it is read."""
     folder = run.out / "checkpoints"
-    wait_for(lambda: any(not place.name.endswith(".part") for place in folder.iterdir()), run.process)
+    wait_for(lambda: any(not path.name.endswith(".part") for path in folder.iterdir()), run.process)
     pids = run.ranks()
     for pid in pids:
         kill(pid, signal.SIGKILL)
-    newest = max(place for place in folder.iterdir() if not place.name.endswith(".part"))
+    newest = max(path for path in folder.iterdir() if not path.name.endswith(".part"))
     file = newest / run.generator.choice(["tensors.safetensors", "state.json"])
     data = bytearray(file.read_bytes())
     if run.generator.random() < 0.5:

@@ -13,8 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from cammask_fast.data.benchmark import CORRELATION, OOD_SETS, OUTLINED, TRAIN_IMAGES
-from cammask_fast.demo import Job, run_all, tiny_config
+from cammask_fast.data.datasets.texture_digits_splits import CORRELATION, OOD_SETS, OUTLINED, TRAIN_IMAGES
+from cammask_fast.demo.run import Job, run_all, tiny_config
 
 RECORDS = Path(__file__).parent / "results" / "tuning.jsonl"
 

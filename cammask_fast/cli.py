@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import cammask_fast
 from cammask_fast import __version__
 from cammask_fast.config import COMPILE, METHODS, PRECISIONS
-from cammask_fast.environment import launched
-from cammask_fast.interruption import EXIT_CODE, Interrupted
+from cammask_fast.runtime.env import launched
+from cammask_fast.runtime.signals import EXIT_CODE, TrainingPreempted
 
 SCORES = "folder of scores.json, scores.csv, per_class.csv and the list of unreadable images (default: only printed)"
 
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0, or with one line on stderr 2 after an error, 130 after Ctrl-C and `interruption.EXIT_CODE`
+    """Run a command. Returns 0, or with one line on stderr 2 after an error, 130 after Ctrl-C and `signals.EXIT_CODE`
     after a training that was stopped and saved."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except (ValueError, OSError) as error:
         return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
-    except Interrupted as error:
+    except TrainingPreempted as error:
         return _fail(str(error), EXIT_CODE, kind="")
     except RuntimeError as error:
         return _fail(_of_the_world(error), 2)
@@ -57,9 +57,9 @@ def _fail(message: str, code: int, *, kind: str = "error: ") -> int:
     if not launched():
         print(f"cammask: {kind}{message}", file=sys.stderr)
         return code
-    from cammask_fast.distributed import told
+    from cammask_fast.distributed import claim_first_failure
 
-    said = told(message)
+    said = claim_first_failure(message)
     if said is not None:
         print(f"cammask: {kind}{said}", file=sys.stderr)
     sys.stdout.flush()
@@ -69,16 +69,16 @@ def _fail(message: str, code: int, *, kind: str = "error: ") -> int:
 
 def _of_the_world(error: RuntimeError) -> str:
     """Words for a process that is gone; any other RuntimeError is ours and goes on."""
-    from cammask_fast.data.workers import worker_died
-    from cammask_fast.distributed import lost_contact, told
+    from cammask_fast.data.loaders.workers import worker_died
+    from cammask_fast.distributed import claim_first_failure, is_peer_failure
 
     died = worker_died(error)
     if died is not None:
         return died
-    if lost_contact(error):
+    if is_peer_failure(error):
         return "lost contact with another process, which was killed or whose machine is gone; start again with the same command"
     if launched():
-        told(str(error))  # the other processes need not wait
+        claim_first_failure(str(error))  # the other processes need not wait
     raise error
 
 

@@ -92,7 +92,7 @@ class TrainConfig:
     """Micro-batches per optimiser step; each holds batch_size / accumulate images."""
     donors: str = "batch"
     """Where a fill takes patches from: the micro-batch of the own process (`batch`, the paper's), or the `global` batch of all
-    processes, drawn by place in it, so that the same seed gives the same run on any number of processes."""
+    processes, drawn by position in it, so that the same seed gives the same run on any number of processes."""
     max_skipped: int = 10
     """Steps in a row with a loss or gradient that is not finite, after which the run stops. Such steps change no weight."""
     seed: int = 0

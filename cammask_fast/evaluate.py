@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cammask_fast import distributed
-from cammask_fast.data.batch import Loader
+from cammask_fast.data.types import Loader
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.model.classifier import Classifier
 
@@ -31,7 +31,7 @@ class Score(NamedTuple):
         return self._asdict()
 
 
-class Tally:
+class AccuracyMeter:
     """Counts on the device, read once at the end.
 
     groups: int64 (K,), for each logit the label for which it is right, or -1 for a logit that does not count: a prediction is
@@ -54,13 +54,13 @@ class Tally:
         right = self.groups[best] == labels[:, None]
         counts = torch.stack([torch.ones_like(right[:, 0]), right[:, 0], right.any(1)]).long()
         self.of_class.index_add_(1, labels, counts)
-        place = (confidence[:, 0] * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+        bin_index = (confidence[:, 0] * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
         sums = torch.stack([torch.ones_like(confidence[:, 0]), confidence[:, 0], right[:, 0].float()]).double()
-        self.bins.index_add_(1, place, sums)
+        self.bins.index_add_(1, bin_index, sums)
 
     def score(self) -> Score:
         """Over all processes. Raises ValueError when nothing was added."""
-        of_class, bins = distributed.summed(self.of_class).tolist(), distributed.summed(self.bins)
+        of_class, bins = distributed.all_reduce_sum(self.of_class).tolist(), distributed.all_reduce_sum(self.bins)
         images, right, in_top = (sum(row) for row in of_class)
         if not images:
             raise ValueError("no images to evaluate")
@@ -80,15 +80,15 @@ def evaluate(
 ) -> list[Score]:
     """A score per model, in one pass over the data: every model sees each decoded batch.
 
-    groups, classes: see `Tally`; by default every logit is right for the label of the same index. The loader's ranks share the
+    groups, classes: see `AccuracyMeter`; by default every logit is right for the label of the same index. The loader's ranks share the
     images, and the scores are those of all. Models run in the precision they are stored in. Raises ValueError on an empty
     loader.
     """
     outputs = models[0].head.weight.shape[0]
     groups = (torch.arange(outputs) if groups is None else groups).to(device)
-    tallies = [Tally(groups, classes or outputs) for _ in models]
+    tallies = [AccuracyMeter(groups, classes or outputs) for _ in models]
     for batch in loader:
-        distributed.alive("evaluating")
+        distributed.heartbeat("evaluating")
         batch = batch.to(device)
         dtype = models[0].visual.conv1.weight.dtype
         images = normalise(batch.images, dtype=dtype)

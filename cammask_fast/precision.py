@@ -12,12 +12,12 @@ def resolve(precision: str, device: torch.device | str) -> str:
     return "bf16" if torch.device(device).type == "cuda" else "fp32"
 
 
-def product_dtype(precision: str, weights: torch.Tensor) -> torch.dtype:
+def compute_dtype(precision: str, weights: torch.Tensor) -> torch.dtype:
     """bfloat16, or the weights' own type. precision: as in `TrainConfig`."""
     return torch.bfloat16 if resolve(precision, weights.device) == "bf16" else weights.dtype
 
 
-def use_matrix_units(precision: str) -> None:
+def set_matmul_precision(precision: str) -> None:
     """Let float32 products run on TF32 matrix units, or forbid it, for the whole process. Without CUDA it changes nothing."""
     mode = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = mode

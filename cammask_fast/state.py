@@ -16,7 +16,7 @@ from cammask_fast.model.classifier import Classifier
 from cammask_fast.optim import FlatAdamW, build_optimizer, build_schedule
 
 
-class Tally(NamedTuple):
+class StepStats(NamedTuple):
     """loss: mean over the finite steps since the last look, NaN without any. bad_in_a_row, skipped: steps whose loss or
     gradient was not finite, those at the end and all."""
 
@@ -25,16 +25,16 @@ class Tally(NamedTuple):
     skipped: int
 
 
-class Saved(NamedTuple):
-    """A state at rest: tensors by name, and the rest as JSON can hold it."""
+class Snapshot(NamedTuple):
+    """A state at metadata: tensors by name, and the rest as JSON can hold it."""
 
     tensors: dict[str, Tensor]
-    rest: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 @dataclass
 class TrainState:
-    """Student, optimiser, schedule, generator of the masking draws, place in the run, and the best checkpoint so far."""
+    """Student, optimiser, schedule, generator of the masking draws, position in the run, and the best checkpoint so far."""
 
     student: Classifier
     optimizer: AdamW | FlatAdamW
@@ -53,7 +53,7 @@ class TrainState:
     def create(
         cls, student: Classifier, config: TrainConfig, *, steps_per_epoch: int, compiled: bool = False, rank: int = 0
     ) -> TrainState:
-        """Freeze what the method does not train and build the optimiser for the rest: torch's AdamW for the eager step,
+        """Freeze what the method does not train and build the optimiser for the metadata: torch's AdamW for the eager step,
         `FlatAdamW`, of which the parameters become views, for the compiled one. rank: processes with donors of their own draw
         other random numbers."""
         student.requires_grad_(config.resolved.trained == "all")
@@ -69,18 +69,18 @@ class TrainState:
         optimizer = build_optimizer(student.parameters(), config.optim)
         return cls(student, optimizer, build_schedule(optimizer, config.optim, total_steps=total_steps), generator, tally)
 
-    def note(self, loss: Tensor, finite: Tensor) -> None:
+    def update(self, loss: Tensor, finite: Tensor) -> None:
         """Count a step, on the device."""
         total, steps, in_a_row, skipped = self.tally.unbind()
         good = finite.reshape(()).to(total.dtype)
         total = total + torch.where(finite.reshape(()), loss.detach().reshape(()).to(total.dtype), 0.0)
         self.tally.copy_(torch.stack([total, steps + good, (in_a_row + 1) * (1 - good), skipped + 1 - good]))
 
-    def look(self) -> Tally:
+    def read_and_reset(self) -> StepStats:
         """Read the tally (waits for the device) and begin a new mean."""
         total, steps, in_a_row, skipped = self.tally.tolist()
         self.tally[:2].zero_()
-        return Tally(total / steps if steps else float("nan"), int(in_a_row), int(skipped))
+        return StepStats(total / steps if steps else float("nan"), int(in_a_row), int(skipped))
 
     def learning_rate(self) -> float:
         """Of the next step (waits for the device in a compiled run)."""
@@ -115,25 +115,30 @@ class TrainState:
             found["updates"] = slot["step"]
         return found
 
-    def state_dict(self) -> Saved:
+    def state_dict(self) -> Snapshot:
         """Everything, as views of the live tensors."""
         weights = {f"student.{name}": value.detach() for name, value in self.student.state_dict().items()}
         best = {} if self.best_step == self.step else {f"best.{name}": value for name, value in self.best_weights.items()}
-        rest = {"step": self.step, "epoch": self.epoch, "best_accuracy": repr(self.best_accuracy), "best_step": self.best_step}
-        rest["has_best"] = bool(self.best_weights)
-        return Saved({**weights, **self.moments(), **best, "tally": self.tally}, rest)
+        metadata = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "best_accuracy": repr(self.best_accuracy),
+            "best_step": self.best_step,
+        }
+        metadata["has_best"] = bool(self.best_weights)
+        return Snapshot({**weights, **self.moments(), **best, "tally": self.tally}, metadata)
 
     @torch.no_grad()
-    def load_state_dict(self, saved: Saved) -> None:
+    def load_state_dict(self, saved: Snapshot) -> None:
         """Go on from a saved state, of an eager or a compiled run. Raises KeyError when something is missing."""
-        tensors, rest = saved
+        tensors, metadata = saved
         for name, value in self.student.state_dict().items():
             value.copy_(tensors[f"student.{name}"])
         for name, value in self.moments().items():
             if name != "updates":
                 value.copy_(tensors[name])
-        self.step, self.epoch = int(rest["step"]), int(rest["epoch"])
-        self.best_accuracy, self.best_step = float(rest["best_accuracy"]), int(rest["best_step"])
+        self.step, self.epoch = int(metadata["step"]), int(metadata["epoch"])
+        self.best_accuracy, self.best_step = float(metadata["best_accuracy"]), int(metadata["best_step"])
         self.tally.copy_(tensors["tally"])
         if isinstance(self.optimizer, FlatAdamW):
             self.optimizer.step.fill_(int(tensors["updates"]))
@@ -145,7 +150,7 @@ class TrainState:
             self.schedule.last_epoch = self.step - 1
             with warnings.catch_warnings(action="ignore"):  # torch has not seen the optimiser's steps
                 self.schedule.step()
-        if rest["has_best"]:
+        if metadata["has_best"]:
             device = self.student.head.weight.device
             kind = "student" if self.best_step == self.step else "best"
             self.best_weights = {name: tensors[f"{kind}.{name}"].to(device, copy=True) for name in self.student.state_dict()}

@@ -1,6 +1,6 @@
 """One training step of every method: losses, gradients and the update, with the least arithmetic the method allows.
 
-The step is written once, over `Pass`: a forward of the student that can be differentiated at its taps and at its weights.
+The step is written once, over `StudentForward`: a forward of the student that can be differentiated at its taps and at its weights.
 Eagerly a pass is autograd's graph; in the compiled step it is `torch.func.vjp`, which traces into one flat graph. One clean
 forward serves the CAM and the task loss; the CAM's pullback computes no weight gradients; the clean graph is gone before the
 masked forward begins.
@@ -20,14 +20,14 @@ from torch.func import functional_call, grad_and_value, vjp
 from cammask_fast import distributed
 from cammask_fast.cam import cls_rollout, weighted_activation
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.batch import Batch
+from cammask_fast.data.types import Batch
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
-from cammask_fast.masking import Draws, MaskedInput, Strategy, draw_masking, masked_input, parse_strategy
+from cammask_fast.masking import MaskedInput, MaskRandomness, Strategy, masked_input, parse_strategy, sample_mask_randomness
 from cammask_fast.model.classifier import Classifier, ComputeCopy, Prediction, compute_weights, keeps_precision
 from cammask_fast.model.vit import Taps, ViTConfig
 from cammask_fast.optim import FlatAdamW, clipped_step
-from cammask_fast.precision import product_dtype
+from cammask_fast.precision import compute_dtype
 from cammask_fast.state import TrainState
 
 
@@ -42,14 +42,14 @@ class Losses(NamedTuple):
 class Step(Protocol):
     """Adds the gradients of one (micro-)batch to the student's `.grad`, multiplied by `scale` (1 / accumulation)."""
 
-    def __call__(self, batch: Batch, draws: Draws | None, *, scale: float = 1.0) -> Losses: ...
+    def __call__(self, batch: Batch, draws: MaskRandomness | None, *, scale: float = 1.0) -> Losses: ...
 
 
 class TrainStep(Protocol):
     """One optimiser step over micro-batches and their draws: gradients, their sum over the processes, clipping, update,
     schedule, and a line in `TrainState.tally`. Returns the mean losses of this process."""
 
-    def __call__(self, parts: Sequence[tuple[Batch, Draws | None]]) -> Losses: ...
+    def __call__(self, parts: Sequence[tuple[Batch, MaskRandomness | None]]) -> Losses: ...
 
 
 class Cotangents(NamedTuple):
@@ -59,7 +59,7 @@ class Cotangents(NamedTuple):
     logits: Tensor | None = None
 
 
-class Pass(NamedTuple):
+class StudentForward(NamedTuple):
     """One forward of the student. tap_gradients: from a cotangent (N, K) of the logits to the gradients at the taps, without
     any weight gradient. pull_back: from cotangents to weight gradients, added to those of the step; the pass's last call."""
 
@@ -72,11 +72,11 @@ class Pass(NamedTuple):
 class Forward(Protocol):
     """Runs the student on normalised patches (N, P, 3 * p * p); with `tapped` the CAM's taps can be differentiated."""
 
-    def __call__(self, patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass: ...
+    def __call__(self, patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> StudentForward: ...
 
 
 Teacher = Callable[..., Prediction]
-Body = Callable[[Forward, Teacher | None, Batch, Draws | None, float], Losses]
+LossAndBackward = Callable[[Forward, Teacher | None, Batch, MaskRandomness | None, float], Losses]
 
 
 def build_strategy(config: TrainConfig) -> Strategy | None:
@@ -88,11 +88,11 @@ def build_strategy(config: TrainConfig) -> Strategy | None:
 def build_step(student: Classifier, teacher: Classifier | None, config: TrainConfig) -> Step:
     """The gradients of a method, eagerly. teacher: frozen, needed where the method distils, kept once in the type of the
     products. Raises ValueError on what cannot work."""
-    dtype = product_dtype(config.precision, student.head.weight)
+    dtype = compute_dtype(config.precision, student.head.weight)
     body, stored = step_body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
     forward = eager_forward(student, config, dtype)
 
-    def step(batch: Batch, draws: Draws | None, *, scale: float = 1.0) -> Losses:
+    def step(batch: Batch, draws: MaskRandomness | None, *, scale: float = 1.0) -> Losses:
         return body(forward(), stored, batch, draws, scale)
 
     return step
@@ -121,7 +121,7 @@ def build_train_step(
     assert schedule is not None
     trained = [p for p in state.student.parameters() if p.requires_grad]
 
-    def train_step(parts: Sequence[tuple[Batch, Draws | None]]) -> Losses:
+    def train_step(parts: Sequence[tuple[Batch, MaskRandomness | None]]) -> Losses:
         optimizer.zero_grad(set_to_none=True)
         losses = _mean([gradients(batch, draws, scale=1 / (len(parts) * processes)) for batch, draws in parts])
         loss = losses.total
@@ -131,7 +131,7 @@ def build_train_step(
                 parameter.grad = gradient
         finite = clipped_step(optimizer, trained, loss, clip_norm=config.optim.clip_norm)
         schedule.step()
-        state.note(loss, finite)
+        state.update(loss, finite)
         return losses
 
     return train_step
@@ -151,11 +151,11 @@ def _compiled_train_step(
     backend: Callable[..., Any] | str,
 ) -> TrainStep:
     student = state.student
-    dtype = product_dtype(config.precision, student.head.weight)
+    dtype = compute_dtype(config.precision, student.head.weight)
     body, stored = step_body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
     frozen = compute_weights({n: p for n, p in student.named_parameters() if not p.requires_grad}, dtype)
 
-    def gradients(batch: Batch, draws: Draws | None, scale: float) -> tuple[list[Tensor], Losses]:
+    def gradients(batch: Batch, draws: MaskRandomness | None, scale: float) -> tuple[list[Tensor], Losses]:
         found: list[dict[str, Tensor]] = []
         weights, cast = optimizer.weights(), optimizer.parts(optimizer.flat.to(dtype))  # one cast serves all passes
         trained = {name: weight if keeps_precision(name) else cast[name] for name, weight in weights.items()}
@@ -167,14 +167,14 @@ def _compiled_train_step(
     def apply(gradients: Sequence[Tensor], loss: Tensor) -> None:
         if processes > 1:
             gradients, loss = distributed.sum_gradients(gradients, loss / processes)
-        state.note(loss, optimizer.update(torch.cat([g.flatten() for g in gradients]), loss))
+        state.update(loss, optimizer.update(torch.cat([g.flatten() for g in gradients]), loss))
 
-    def whole(batch: Batch, draws: Draws | None) -> Losses:
+    def whole(batch: Batch, draws: MaskRandomness | None) -> Losses:
         found, losses = gradients(batch, draws, 1 / processes)
         apply(found, losses.total)
         return losses
 
-    def flat(batch: Batch, draws: Draws | None, scale: float) -> tuple[Tensor, Losses]:
+    def flat(batch: Batch, draws: MaskRandomness | None, scale: float) -> tuple[Tensor, Losses]:
         found, losses = gradients(batch, draws, scale)
         return torch.cat([g.flatten() for g in found]), losses
 
@@ -193,14 +193,14 @@ def _compiled_train_step(
     one_graph, part, end = graph(whole), graph(flat), graph(update)
 
     @torch.no_grad()
-    def train_step(parts: Sequence[tuple[Batch, Draws | None]]) -> Losses:
+    def train_step(parts: Sequence[tuple[Batch, MaskRandomness | None]]) -> Losses:
         if len(parts) == 1:
             return Losses(*one_graph(*parts[0]))
         total, losses = torch.zeros_like(optimizer.flat), []
         for batch, draws in parts:
             gradient, loss = part(batch, draws, 1 / (len(parts) * processes))
             total.add_(gradient)
-            losses.append(Losses(*(scalar.clone() for scalar in loss)))  # a CUDA graph writes its results to one place
+            losses.append(Losses(*(scalar.clone() for scalar in loss)))  # a CUDA graph writes its results to the same memory
         mean = _mean(losses)
         end(total, mean.total)
         return mean
@@ -212,7 +212,7 @@ def _mean(losses: Sequence[Losses]) -> Losses:
     return Losses(*(torch.stack(part).mean() for part in zip(*losses, strict=True))) if len(losses) > 1 else losses[0]
 
 
-def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> Body:
+def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAndBackward:
     """The step over any `Forward`: clean forward, CAM, task pullback, counterfactual, teacher, masked forward and pullback."""
     method, strategy = config.resolved, build_strategy(config)
     if method.trained == "none":
@@ -235,13 +235,13 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> Body:
         gradient, loss = grad_and_value(distance)(ours.logits, theirs.logits)
         return loss, Cotangents(logits=weight * gradient)
 
-    def relevance(clean: Pass, labels: Tensor) -> Tensor:
+    def relevance(clean: StudentForward, labels: Tensor) -> Tensor:
         assert clean.taps is not None
         at_labels = torch.zeros_like(clean.prediction.logits).scatter_(1, labels[:, None], 1.0)
         gradients = clean.tap_gradients(at_labels)  # of the sum over the batch of each image's logit at its label
         return weighted_activation(clean.taps, gradients[0]) if config.cam == "grad-cam" else cls_rollout(clean.taps, gradients)
 
-    def body(forward: Forward, teacher: Teacher | None, batch: Batch, draws: Draws | None, scale: float) -> Losses:
+    def body(forward: Forward, teacher: Teacher | None, batch: Batch, draws: MaskRandomness | None, scale: float) -> Losses:
         patches = normalise(batch.images, patch_size=vit.patch_size, **layout)
         clean = forward(patches, tapped=strategy is not None and strategy.needs_cam)
         task, cotangents = task_loss(clean.prediction, batch.labels, config.w_task * scale)
@@ -297,7 +297,7 @@ def _with_weights(student: Classifier, weights: dict[str, Tensor], patches: Tens
 
 
 def _autograd_forward(call: Callable[..., Prediction], config: TrainConfig) -> Forward:
-    def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass:
+    def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> StudentForward:
         taps = Taps() if tapped else None
         tokens = {} if masked is None else {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}
         prediction = call(patches, taps=taps, **tokens)
@@ -312,7 +312,7 @@ def _autograd_forward(call: Callable[..., Prediction], config: TrainConfig) -> F
             torch.autograd.backward([out for out, _ in used], [cot for _, cot in used])
 
         detached = Prediction(prediction.features.detach(), prediction.logits.detach())
-        return Pass(detached, taps and taps.detached(), tap_gradients, pull_back)
+        return StudentForward(detached, taps and taps.detached(), tap_gradients, pull_back)
 
     return forward
 
@@ -329,7 +329,7 @@ def _functional_forward(
     trained, frozen: weights as a forward in `dtype` takes them."""
     vit = student.visual.config
 
-    def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass:
+    def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> StudentForward:
         tokens = {} if masked is None else {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}
         zeros = partial(torch.zeros, dtype=dtype, device=patches.device)
         probes: list[Tensor] = []
@@ -358,13 +358,15 @@ def _functional_forward(
             found.append(pullback(tuple(given))[0])
 
         taps = Taps(queries=values[0], keys=values[1], values=values[2], last_ln_1=values[3]) if tapped else None
-        return Pass(Prediction(features, logits), taps, tap_gradients, pull_back)
+        return StudentForward(Prediction(features, logits), taps, tap_gradients, pull_back)
 
     return forward
 
 
-def draw_for_step(strategy: Strategy | None, batch: Batch, patches: int, generator: torch.Generator) -> Draws | None:
+def sample_step_randomness(
+    strategy: Strategy | None, batch: Batch, patches: int, generator: torch.Generator
+) -> MaskRandomness | None:
     """The random numbers of one step, or None where the method masks nothing."""
     if strategy is None:
         return None
-    return draw_masking(strategy, count=len(batch.labels), patches=patches, generator=generator)
+    return sample_mask_randomness(strategy, count=len(batch.labels), patches=patches, generator=generator)

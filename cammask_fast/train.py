@@ -18,24 +18,24 @@ from cammask_fast import distributed
 from cammask_fast.cam import relevance_of
 from cammask_fast.checkpoint import Checkpoints
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.batch import Batch, Loader
+from cammask_fast.data.types import Batch, Loader
 from cammask_fast.distributed import World
 from cammask_fast.evaluate import accuracy
-from cammask_fast.interruption import Interrupted
 from cammask_fast.kernels.masked_fill import normalise
-from cammask_fast.masking import Draws, counterfactual, draw_masking
-from cammask_fast.metrics import DataWait
+from cammask_fast.masking import MaskRandomness, counterfactual, sample_mask_randomness
 from cammask_fast.model.classifier import Classifier, interpolate
-from cammask_fast.precision import product_dtype, resolve, use_matrix_units
-from cammask_fast.run_folder import refuse_changes
-from cammask_fast.state import Saved, Tally, TrainState
-from cammask_fast.step import build_strategy, build_train_step, draw_for_step
+from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
+from cammask_fast.progress import DataWait
+from cammask_fast.runtime.run_dir import refuse_changes
+from cammask_fast.runtime.signals import TrainingPreempted
+from cammask_fast.state import Snapshot, StepStats, TrainState
+from cammask_fast.step import build_strategy, build_train_step, sample_step_randomness
 
 Progress = Callable[[str, int, int, float, float], None]
 """Called as (phase, images done, images in total, mean loss since the last call, share of the time spent waiting for data)."""
 
 STOPPED = "stopped at step {} of {}, saved; start again with the same command to go on"
-Parts = list[tuple[Batch, Draws | None]]
+Parts = list[tuple[Batch, MaskRandomness | None]]
 
 
 class FineTuned(NamedTuple):
@@ -80,26 +80,26 @@ class Run:
             return
         found = self.checkpoints.newest() if self.checkpoints is not None else None
         if found is not None:
-            refuse_changes(found.settings, self.settings or {}, found.place.parent.parent)
-        saved = distributed.from_first(None if found is None else found.saved)
+            refuse_changes(found.settings, self.settings or {}, found.path.parent.parent)
+        saved = distributed.broadcast_state(None if found is None else found.saved)
         if saved is not None:
             state.load_state_dict(saved)
             generators = saved.tensors["generators"]
             own = generators[self.world.rank if len(generators) == self.world.size else 0]
             state.generator.set_state(own.clone())  # set_state reads from the start of the storage, whatever the view
-            loader.load_state_dict(saved.rest["loader"])
+            loader.load_state_dict(saved.metadata["loader"])
         if self.resumed is not None:
-            self.resumed(state.step, None if found is None else found.place)
+            self.resumed(state.step, None if found is None else found.path)
 
     def save(self, state: TrainState, loader: Loader) -> None:
         """On all processes at the same step; rank 0 writes."""
         if not self.save_every:
             return
         device = state.student.head.weight.device
-        generators = distributed.stacked(state.generator.get_state().to(device)).cpu()
+        generators = distributed.all_gather_stack(state.generator.get_state().to(device)).cpu()
         if self.checkpoints is not None:
-            tensors, rest = state.state_dict()
-            self.checkpoints.save(Saved({**tensors, "generators": generators}, {**rest, "loader": loader.state_dict()}))
+            tensors, metadata = state.state_dict()
+            self.checkpoints.save(Snapshot({**tensors, "generators": generators}, {**metadata, "loader": loader.state_dict()}))
 
     def finish(self) -> None:
         """Until the last checkpoint is on the disk."""
@@ -121,35 +121,35 @@ def fine_tune(
 
     `pretrained` is also the teacher. Without a validation loader, and for WiSE-FT, the last checkpoint counts. The loader's
     batches are optimiser steps (its share of them where several processes train); `config.accumulate` cuts them into
-    micro-batches. Raises ValueError on settings that cannot work, NonFiniteLoss, and Interrupted when `run.stop` asked for it.
+    micro-batches. Raises ValueError on settings that cannot work, NonFiniteLoss, and TrainingPreempted when `run.stop` asked for it.
     """
     run = Run() if run is None else run
     if config.resolved.trained == "head":
         config = replace(config, optim=replace(config.optim, weight_decay=0.0))
-    device, dtype = pretrained.head.weight.device, product_dtype(config.precision, pretrained.head.weight)
+    device, dtype = pretrained.head.weight.device, compute_dtype(config.precision, pretrained.head.weight)
     teacher, rank, steps = pretrained.frozen_copy(), run.world.rank, config.epochs * len(train)
     student = teacher.frozen_copy().train()
     compiled = config.compile != "off" and (config.compile != "auto" or device.type == "cuda")
-    use_matrix_units(resolve(config.precision, device))
+    set_matmul_precision(resolve(config.precision, device))
     state = TrainState.create(student, config, steps_per_epoch=len(train), compiled=compiled, rank=rank)
     step = build_train_step(state, teacher, config, processes=run.world.size)
     run.resume(state, train)
-    wait, vote = DataWait(device), distributed.Vote()
+    wait, vote = DataWait(device), distributed.AsyncAnyFlag()
     for epoch in range(state.epoch, config.epochs):
         train.set_epoch(epoch)
         for batch in wait.over(train):
-            distributed.alive(f"in step {state.step + 1}")
-            parts = _parts(batch.to(device), config, state, run.world)
+            distributed.heartbeat(f"in step {state.step + 1}")
+            parts = split_microbatches(batch.to(device), config, state, run.world)
             step(parts)
             state.step += 1
             if state.step % log_every == 0 or state.step == steps:
-                _looked(state, config, parts, run, steps, progress, wait.share)
+                log_and_check_finite(state, config, parts, run, steps, progress, wait.share)
             stop = vote(run.stop())
             if stop or (run.save_every and state.step % run.save_every == 0):
                 run.save(state, train)
             if stop:
-                raise Interrupted(STOPPED.format(state.step, steps))
-            distributed.alive(f"loading the images of step {state.step + 1}")
+                raise TrainingPreempted(STOPPED.format(state.step, steps))
+            distributed.heartbeat(f"loading the images of step {state.step + 1}")
         stop = vote.count()
         if validation is not None or epoch + 1 == config.epochs:
             score = math.nan if validation is None else accuracy(student.eval().stored_in(dtype), validation, device=device)
@@ -158,27 +158,27 @@ def fine_tune(
         state.epoch = epoch + 1
         run.save(state, train)
         if stop and state.epoch < config.epochs:
-            raise Interrupted(STOPPED.format(state.step, steps))
+            raise TrainingPreempted(STOPPED.format(state.step, steps))
     best = teacher.frozen_copy()
     best.load_state_dict(state.best_weights)
     if config.resolved.interpolate:
         best.load_state_dict(interpolate(teacher.state_dict(), best.state_dict(), config.alpha))
-    return FineTuned(best.requires_grad_(True), student.requires_grad_(True).eval(), state.look().skipped)
+    return FineTuned(best.requires_grad_(True), student.requires_grad_(True).eval(), state.read_and_reset().skipped)
 
 
-def _parts(batch: Batch, config: TrainConfig, state: TrainState, world: World) -> Parts:
+def split_microbatches(batch: Batch, config: TrainConfig, state: TrainState, world: World) -> Parts:
     """The micro-batches of a step and their draws."""
     strategy, patches = build_strategy(config), state.student.visual.config.patches
     pieces = [Batch(*piece) for piece in zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True)]
     if strategy is None or config.donors == "batch":
-        return [(piece, draw_for_step(strategy, piece, patches, state.generator)) for piece in pieces]
+        return [(piece, sample_step_randomness(strategy, piece, patches, state.generator)) for piece in pieces]
     own, size = len(batch.labels), len(pieces[0].labels)
-    drawn = draw_masking(strategy, count=own * world.size, patches=patches, generator=state.generator)
-    pool = batch.images if drawn.donors is None else distributed.stacked(batch.images).flatten(0, 1)
+    drawn = sample_mask_randomness(strategy, count=own * world.size, patches=patches, generator=state.generator)
+    pool = batch.images if drawn.donors is None else distributed.all_gather_stack(batch.images).flatten(0, 1)
     return [(piece, drawn.part(world.rank * own + size * i, size, pool)) for i, piece in enumerate(pieces)]
 
 
-def _looked(
+def log_and_check_finite(
     state: TrainState,
     config: TrainConfig,
     parts: Parts,
@@ -188,7 +188,7 @@ def _looked(
     waited: float,
 ) -> None:
     """Read the tally and report it. Raises NonFiniteLoss after too many steps in a row that were skipped."""
-    tally = state.look()
+    tally = state.read_and_reset()
     if run.log is not None:
         lr = state.learning_rate()
         loss = tally.loss if math.isfinite(tally.loss) else None
@@ -205,7 +205,7 @@ def _looked(
         progress("train", state.step * config.batch_size, steps * config.batch_size, tally.loss, waited)
 
 
-def _debug_bundle(state: TrainState, config: TrainConfig, parts: Parts, run: Run, tally: Tally) -> str:
+def _debug_bundle(state: TrainState, config: TrainConfig, parts: Parts, run: Run, tally: StepStats) -> str:
     """Write what is known of the last step, which changed no weight, so that its masks can be made again: `debug.json` (step,
     sample ids, whether each one's logits are finite, norms of weights and gradients) and `masks.safetensors`. Returns words for
     the error message."""
@@ -224,7 +224,7 @@ def _debug_bundle(state: TrainState, config: TrainConfig, parts: Parts, run: Run
     tensors = {"sample_ids": ids, "finite": torch.cat(finite).to(torch.uint8)}
     if masks:
         tensors["masks"] = torch.cat(masks).to(torch.uint8)
-    tensors = {name: distributed.stacked(value).flatten(0, 1).cpu() for name, value in tensors.items()}
+    tensors = {name: distributed.all_gather_stack(value).flatten(0, 1).cpu() for name, value in tensors.items()}
     gradients = {name: None if p.grad is None else _number(p.grad.norm()) for name, p in student.named_parameters()}
     report = {
         "step": state.step,
@@ -235,7 +235,7 @@ def _debug_bundle(state: TrainState, config: TrainConfig, parts: Parts, run: Run
         "weight_norms": {name: _number(p.norm()) for name, p in student.named_parameters()},
         "gradient_norms": gradients,
     }
-    if run.world.first:
+    if run.world.is_main_process:
         try:
             run.debug.mkdir(parents=True, exist_ok=True)
             (run.debug / "debug.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

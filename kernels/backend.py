@@ -24,7 +24,7 @@ def _release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def interpreter_obstacle(triton_version: str = triton.__version__, numpy_version: str | None = None) -> str | None:
+def interpreter_ineligible(triton_version: str = triton.__version__, numpy_version: str | None = None) -> str | None:
     """Why Triton's interpreter cannot run here; None if it can. Before 3.7 it makes ints of arrays of one element."""
     numpy_version = numpy_version or version("numpy")
     if _release(triton_version) < (3, 7) and _release(numpy_version) >= (2, 4):
@@ -44,17 +44,17 @@ def set_backend(backend: Backend) -> Backend:
     return previous
 
 
-def uses_triton(op: str, device: torch.device, obstacle: str | None) -> bool:
+def uses_triton(op: str, device: torch.device, ineligible: str | None) -> bool:
     """Whether `op` runs its Triton kernel on tensors of `device`.
 
-    obstacle: why the kernel cannot take this input, None if it can. Raises ValueError if Triton was asked for and cannot run.
+    ineligible: why the kernel cannot take this input, None if it can. Raises ValueError if Triton was asked for and cannot run.
     """
     if _chosen != "triton":
-        return _chosen == "auto" and device.type == "cuda" and obstacle is None
+        return _chosen == "auto" and device.type == "cuda" and ineligible is None
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         raise ValueError(f"{op}: backend 'triton' needs CUDA tensors, got {device}; use set_backend('auto') or 'reference'")
-    if device.type != "cuda" and (reason := interpreter_obstacle()) is not None:
+    if device.type != "cuda" and (reason := interpreter_ineligible()) is not None:
         raise ValueError(f"{op}: {reason}")
-    if obstacle is not None:
-        raise ValueError(f"{op}: backend 'triton' cannot take this input: {obstacle}; use set_backend('auto') or 'reference'")
+    if ineligible is not None:
+        raise ValueError(f"{op}: backend 'triton' cannot take this input: {ineligible}; use set_backend('auto') or 'reference'")
     return True

@@ -5,7 +5,7 @@
 P and dP = dO V^T are recomputed tile by tile from q, k, v and dO, as in FlashAttention. Launches of a full layer: the row
 statistics (unless lse is given), the sum over queries per head and key, the mean over heads. The last layer, where only the CLS
 row of dO is not zero, takes O(L d) per head and two launches. No atomics: equal inputs give equal bits. The statistics keep a
-row's highest score and the logarithm of its sum apart, so that confident attention is as exact as torch.softmax.
+row's m score and the logarithm of its sum apart, so that confident attention is as exact as torch.softmax.
 Source: MM-CAM's rollout R += A_bar R, of which only the CLS row is used (r A_bar, from the last layer to the first).
 """
 
@@ -52,18 +52,18 @@ TILES = {
 
 
 @triton.jit
-def _load_rows(ptr, stride_row, rows, length, HEAD: tl.constexpr):
-    """Rows (BLOCK,) of a (length, HEAD) matrix, zero beyond the end."""
-    columns = tl.arange(0, HEAD)
+def _load_rows(ptr, stride_row, rows, length, HEAD_DIM: tl.constexpr):
+    """Rows (BLOCK,) of a (length, HEAD_DIM) matrix, zero beyond the end."""
+    columns = tl.arange(0, HEAD_DIM)
     return tl.load(ptr + rows[:, None] * stride_row + columns[None, :], mask=rows[:, None] < length, other=0.0)
 
 
 @triton.jit
 def _cls_relevance_statistics_fwd_kernel(
-    highest_ptr, log_sum_ptr, q_ptr, k_ptr,
-    stride_q_n, stride_q_a, stride_q_l, stride_k_n, stride_k_a, stride_k_l,
+    m_ptr, log_l_ptr, q_ptr, k_ptr,
+    stride_q_n, stride_q_head, stride_q_l, stride_k_n, stride_k_head, stride_k_l,
     heads, length, scale,
-    HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Highest raw score of a query's row, and log2 sum exp2 of the scaled distances to it; scale holds log2(e) / sqrt(d).
 
@@ -73,63 +73,63 @@ def _cls_relevance_statistics_fwd_kernel(
     image = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
     queries = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q = _load_rows(q_ptr + image * stride_q_n + head * stride_q_a, stride_q_l, queries, length, HEAD)
-    k_base = k_ptr + image * stride_k_n + head * stride_k_a
-    highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    q = _load_rows(q_ptr + image * stride_q_n + head * stride_q_head, stride_q_l, queries, length, HEAD_DIM)
+    k_base = k_ptr + image * stride_k_n + head * stride_k_head
+    m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     scale = tl.full((), scale, tl.float32)
     for start in range(0, length, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
-        k = _load_rows(k_base, stride_k_l, keys, length, HEAD)
+        k = _load_rows(k_base, stride_k_l, keys, length, HEAD_DIM)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         scores = tl.where(keys[:, None] < length, scores, float("-inf"))
-        now_highest = tl.maximum(highest, tl.max(scores, axis=0))
-        total = total * tl.exp2((highest - now_highest) * scale)
-        total += tl.sum(tl.exp2((scores - now_highest[None, :]) * scale), axis=0)
-        highest = now_highest
+        m_new = tl.maximum(m, tl.max(scores, axis=0))
+        total = total * tl.exp2((m - m_new) * scale)
+        total += tl.sum(tl.exp2((scores - m_new[None, :]) * scale), axis=0)
+        m = m_new
     offset = (image * heads + head) * length
-    tl.store(highest_ptr + offset + queries, highest, mask=queries < length)
-    tl.store(log_sum_ptr + offset + queries, tl.log2(total), mask=queries < length)
+    tl.store(m_ptr + offset + queries, m, mask=queries < length)
+    tl.store(log_l_ptr + offset + queries, tl.log2(total), mask=queries < length)
 
 
 @triton.jit
 def _cls_relevance_fwd_kernel(
-    partial_ptr, relevance_ptr, q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, highest_ptr, log_sum_ptr,
+    partial_ptr, relevance_ptr, q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, m_ptr, log_l_ptr,
     stride_relevance_n, stride_relevance_l,
-    stride_q_n, stride_q_a, stride_q_l, stride_k_n, stride_k_a, stride_k_l,
-    stride_v_n, stride_v_a, stride_v_l, stride_grad_n, stride_grad_a, stride_grad_l,
-    stride_lse_n, stride_lse_a, stride_lse_l,
+    stride_q_n, stride_q_head, stride_q_l, stride_k_n, stride_k_head, stride_k_l,
+    stride_v_n, stride_v_head, stride_v_l, stride_grad_n, stride_grad_head, stride_grad_l,
+    stride_lse_n, stride_lse_head, stride_lse_l,
     heads, length, scale,
-    HAS_LSE: tl.constexpr, HEAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sum over queries i of r_i P_ij relu(dP_ij) for BLOCK_K keys j of one head; tiles are transposed, (keys, queries)."""
     tiles = tl.cdiv(length, BLOCK_K)
     image = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
     keys = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-    k = _load_rows(k_ptr + image * stride_k_n + head * stride_k_a, stride_k_l, keys, length, HEAD)
-    v = _load_rows(v_ptr + image * stride_v_n + head * stride_v_a, stride_v_l, keys, length, HEAD)
-    q_base = q_ptr + image * stride_q_n + head * stride_q_a
-    grad_base = grad_out_ptr + image * stride_grad_n + head * stride_grad_a
+    k = _load_rows(k_ptr + image * stride_k_n + head * stride_k_head, stride_k_l, keys, length, HEAD_DIM)
+    v = _load_rows(v_ptr + image * stride_v_n + head * stride_v_head, stride_v_l, keys, length, HEAD_DIM)
+    q_base = q_ptr + image * stride_q_n + head * stride_q_head
+    grad_base = grad_out_ptr + image * stride_grad_n + head * stride_grad_head
     offset = (image * heads + head) * length
     relevance_base = relevance_ptr + image * stride_relevance_n
     scale = tl.full((), scale, tl.float32)
     total = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, length, BLOCK_Q):
         queries = start + tl.arange(0, BLOCK_Q)
-        q = _load_rows(q_base, stride_q_l, queries, length, HEAD)
-        grad = _load_rows(grad_base, stride_grad_l, queries, length, HEAD)
+        q = _load_rows(q_base, stride_q_l, queries, length, HEAD_DIM)
+        grad = _load_rows(grad_base, stride_grad_l, queries, length, HEAD_DIM)
         r = tl.load(relevance_base + queries * stride_relevance_l, mask=queries < length, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         grads = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         if HAS_LSE:
-            lse_ptrs = lse_ptr + image * stride_lse_n + head * stride_lse_a + queries * stride_lse_l
+            lse_ptrs = lse_ptr + image * stride_lse_n + head * stride_lse_head + queries * stride_lse_l
             lse = tl.load(lse_ptrs, mask=queries < length, other=0.0).to(tl.float32) * LOG2_E
             exponents = scores * scale - lse[None, :]
         else:
-            highest = tl.load(highest_ptr + offset + queries, mask=queries < length, other=0.0)
-            log_sum = tl.load(log_sum_ptr + offset + queries, mask=queries < length, other=0.0)
-            exponents = (scores - highest[None, :]) * scale - log_sum[None, :]
+            m = tl.load(m_ptr + offset + queries, mask=queries < length, other=0.0)
+            log_l = tl.load(log_l_ptr + offset + queries, mask=queries < length, other=0.0)
+            exponents = (scores - m[None, :]) * scale - log_l[None, :]
         probabilities = tl.exp2(tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL))
         positive = tl.maximum(grads, 0.0, propagate_nan=tl.PropagateNan.ALL)
         total += tl.sum(probabilities * positive * r[None, :], axis=1)
@@ -140,43 +140,43 @@ def _cls_relevance_fwd_kernel(
 def _cls_relevance_row_fwd_kernel(
     partial_ptr, relevance_ptr, q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr,
     stride_relevance_n,
-    stride_q_n, stride_q_a, stride_k_n, stride_k_a, stride_k_l,
-    stride_v_n, stride_v_a, stride_v_l, stride_grad_n, stride_grad_a, stride_lse_n, stride_lse_a,
+    stride_q_n, stride_q_head, stride_k_n, stride_k_head, stride_k_l,
+    stride_v_n, stride_v_head, stride_v_l, stride_grad_n, stride_grad_head, stride_lse_n, stride_lse_head,
     heads, length, scale,
-    HAS_LSE: tl.constexpr, HEAD: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_LSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The last layer: one query, the CLS token, of one head of one image; products of vectors in float32."""
     image = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
-    columns = tl.arange(0, HEAD)
+    columns = tl.arange(0, HEAD_DIM)
     scale = tl.full((), scale, tl.float32)
-    q = tl.load(q_ptr + image * stride_q_n + head * stride_q_a + columns).to(tl.float32)
-    grad = tl.load(grad_out_ptr + image * stride_grad_n + head * stride_grad_a + columns).to(tl.float32)
-    k_base = k_ptr + image * stride_k_n + head * stride_k_a
-    v_base = v_ptr + image * stride_v_n + head * stride_v_a
+    q = tl.load(q_ptr + image * stride_q_n + head * stride_q_head + columns).to(tl.float32)
+    grad = tl.load(grad_out_ptr + image * stride_grad_n + head * stride_grad_head + columns).to(tl.float32)
+    k_base = k_ptr + image * stride_k_n + head * stride_k_head
+    v_base = v_ptr + image * stride_v_n + head * stride_v_head
     r = tl.load(relevance_ptr + image * stride_relevance_n)
     if HAS_LSE:
-        highest = tl.full((), 0.0, tl.float32)
-        log_sum = tl.load(lse_ptr + image * stride_lse_n + head * stride_lse_a).to(tl.float32) * LOG2_E
+        m = tl.full((), 0.0, tl.float32)
+        log_l = tl.load(lse_ptr + image * stride_lse_n + head * stride_lse_head).to(tl.float32) * LOG2_E
     else:
-        highest = tl.full((), float("-inf"), tl.float32)
+        m = tl.full((), float("-inf"), tl.float32)
         total = tl.full((), 0.0, tl.float32)
         for start in range(0, length, BLOCK_K):
             keys = start + tl.arange(0, BLOCK_K)
-            k = _load_rows(k_base, stride_k_l, keys, length, HEAD).to(tl.float32)
+            k = _load_rows(k_base, stride_k_l, keys, length, HEAD_DIM).to(tl.float32)
             scores = tl.where(keys < length, tl.sum(k * q[None, :], axis=1), float("-inf"))
-            now_highest = tl.maximum(highest, tl.max(scores, axis=0))
-            total = total * tl.exp2((highest - now_highest) * scale)
-            total += tl.sum(tl.exp2((scores - now_highest) * scale), axis=0)
-            highest = now_highest
-        log_sum = tl.log2(total)
+            m_new = tl.maximum(m, tl.max(scores, axis=0))
+            total = total * tl.exp2((m - m_new) * scale)
+            total += tl.sum(tl.exp2((scores - m_new) * scale), axis=0)
+            m = m_new
+        log_l = tl.log2(total)
     offset = (image * heads + head) * length
     for start in range(0, length, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
-        k = _load_rows(k_base, stride_k_l, keys, length, HEAD).to(tl.float32)
-        v = _load_rows(v_base, stride_v_l, keys, length, HEAD).to(tl.float32)
+        k = _load_rows(k_base, stride_k_l, keys, length, HEAD_DIM).to(tl.float32)
+        v = _load_rows(v_base, stride_v_l, keys, length, HEAD_DIM).to(tl.float32)
         scores = tl.sum(k * q[None, :], axis=1)
-        exponents = (scores - highest) * scale - log_sum
+        exponents = (scores - m) * scale - log_l
         probabilities = tl.exp2(tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL))
         positive = tl.maximum(tl.sum(v * grad[None, :], axis=1), 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(partial_ptr + offset + keys, probabilities * positive * r, mask=keys < length)
@@ -224,22 +224,22 @@ def plan_cls_relevance(
         "lse_ptr": lse,
         "stride_relevance_n": relevance.stride(0),
         "stride_q_n": q.stride(0),
-        "stride_q_a": q.stride(1),
+        "stride_q_head": q.stride(1),
         "stride_k_n": k.stride(0),
-        "stride_k_a": k.stride(1),
+        "stride_k_head": k.stride(1),
         "stride_k_l": k.stride(2),
         "stride_v_n": v.stride(0),
-        "stride_v_a": v.stride(1),
+        "stride_v_head": v.stride(1),
         "stride_v_l": v.stride(2),
         "stride_grad_n": grad_out.stride(0),
-        "stride_grad_a": grad_out.stride(1),
+        "stride_grad_head": grad_out.stride(1),
         "stride_lse_n": 0 if lse is None else lse.stride(0),
-        "stride_lse_a": 0 if lse is None else lse.stride(1),
+        "stride_lse_head": 0 if lse is None else lse.stride(1),
         "heads": heads,
         "length": length,
         "scale": scale,
         "HAS_LSE": lse is not None,
-        "HEAD": width,
+        "HEAD_DIM": width,
     }
     launches = []
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": True}
@@ -250,9 +250,9 @@ def plan_cls_relevance(
     else:
         if lse is None:
             assert statistics is not None
-            names = ("q_ptr", "k_ptr", "stride_q_n", "stride_q_a", "stride_k_n", "stride_k_a", "stride_k_l", "heads", "length",
-                     "scale", "HEAD")  # fmt: skip
-            arguments = {"highest_ptr": statistics[0], "log_sum_ptr": statistics[1], "stride_q_l": q.stride(2)}
+            names = ("q_ptr", "k_ptr", "stride_q_n", "stride_q_head", "stride_k_n", "stride_k_head", "stride_k_l", "heads", "length",
+                     "scale", "HEAD_DIM")  # fmt: skip
+            arguments = {"m_ptr": statistics[0], "log_l_ptr": statistics[1], "stride_q_l": q.stride(2)}
             arguments |= {name: common[name] for name in names}
             arguments |= {"BLOCK_Q": tiles.block_queries, "BLOCK_K": tiles.block_keys, "PRECISION": precision}
             grid = (triton.cdiv(length, tiles.block_queries) * count * heads,)
@@ -260,8 +260,8 @@ def plan_cls_relevance(
         arguments = {
             "partial_ptr": partial,
             **common,
-            "highest_ptr": None if statistics is None else statistics[0],
-            "log_sum_ptr": None if statistics is None else statistics[1],
+            "m_ptr": None if statistics is None else statistics[0],
+            "log_l_ptr": None if statistics is None else statistics[1],
             "stride_relevance_l": relevance.stride(1),
             "stride_q_l": q.stride(2),
             "stride_grad_l": grad_out.stride(2),
@@ -287,7 +287,7 @@ def plan_cls_relevance(
     return launches
 
 
-def cls_relevance_obstacle(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> str | None:
+def cls_relevance_ineligible(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> str | None:
     """Why the kernels cannot take this layer; None if they can."""
     if relevance.dtype != torch.float32:
         return f"relevance is {relevance.dtype}, the kernels take float32"
@@ -324,7 +324,7 @@ def launch_cls_relevance(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, gra
     schema="(Tensor relevance, Tensor q, Tensor k, Tensor v, Tensor grad_out, Tensor? lse) -> Tensor",
 )
 def _cls_relevance(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor | None) -> Tensor:
-    if uses_triton("cls_relevance", k.device, cls_relevance_obstacle(relevance, q, k, v, grad_out)):
+    if uses_triton("cls_relevance", k.device, cls_relevance_ineligible(relevance, q, k, v, grad_out)):
         return launch_cls_relevance(relevance, q, k, v, grad_out, lse)
     return reference_cls_relevance(relevance, q, k, v, grad_out, lse=lse).contiguous()
 

@@ -440,7 +440,7 @@ def _pixels_per_group(images: Tensor, width: int, *, per_pixel: bool) -> int:
     return next((size for size in sizes if width % size == 0 and all(at % size == 0 for at in starts)), 1)
 
 
-def pixels_obstacle(images: Tensor, dtype: torch.dtype, selector: Tensor | None = None) -> str | None:
+def pixels_ineligible(images: Tensor, dtype: torch.dtype, selector: Tensor | None = None) -> str | None:
     """Why the kernel cannot normalise or fill these images into `dtype`, selected by a mask or relevance; None if it can."""
     if images.dtype not in (torch.uint8, *PIXEL_DTYPES):
         return f"images are {images.dtype}, the kernel takes uint8, float32, float16 and bfloat16"
@@ -530,7 +530,7 @@ def _empty(images: Tensor, dtype: torch.dtype, layout: str, patch_size: int | No
     schema="(Tensor images, ScalarType dtype, str layout, int? patch_size) -> Tensor",
 )
 def _normalise(images: Tensor, dtype: torch.dtype, layout: str, patch_size: int | None) -> Tensor:
-    if uses_triton("normalise", images.device, pixels_obstacle(images, dtype)):
+    if uses_triton("normalise", images.device, pixels_ineligible(images, dtype)):
         return launch_normalise(images, dtype, layout, patch_size)
     return reference_normalise(images, dtype=dtype, layout=layout, patch_size=patch_size)
 
@@ -555,7 +555,7 @@ def _masked_fill(
     constant: Sequence[float] | None,
     first: int = 0,
 ) -> Tensor:
-    if uses_triton("masked_fill", images.device, pixels_obstacle(images, dtype, mask)):
+    if uses_triton("masked_fill", images.device, pixels_ineligible(images, dtype, mask)):
         return launch_masked_fill(images, mask, donors, dtype, layout, constant, first)
     return normalised_fill(images, mask, donors, dtype=dtype, layout=layout, constant=constant, first=first)
 
@@ -592,7 +592,7 @@ def _counterfactual_batch(
     constant: Sequence[float] | None,
     first: int = 0,
 ) -> Tensor:
-    if uses_triton("counterfactual_batch", images.device, pixels_obstacle(images, dtype, relevance)):
+    if uses_triton("counterfactual_batch", images.device, pixels_ineligible(images, dtype, relevance)):
         return launch_counterfactual_batch(
             images, relevance, donors, threshold, top_k, context, upsample, dtype, layout, constant, first
         )

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backend import uses_triton
 from .launch import Launch, run
-from .reference.patch_select import Selection, check_selection
+from .reference.patch_select import PatchSelection, check_selection
 from .reference.patch_select import patch_select as reference_patch_select
 
 MAX_PATCHES = 576
@@ -123,7 +123,7 @@ def plan_patch_select(
     return [Launch(_patch_select_fwd_kernel, (count,), arguments, options)]
 
 
-def patch_select_obstacle(relevance: Tensor) -> str | None:
+def patch_select_ineligible(relevance: Tensor) -> str | None:
     """Why the kernel cannot select from this map; None if it can."""
     if relevance.dtype != torch.float32:
         return f"relevance is {relevance.dtype}, the kernel takes float32"
@@ -159,7 +159,7 @@ def launch_patch_select(
 def _patch_select(
     relevance: Tensor, threshold: float | None, top_k: int | None, context: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if uses_triton("patch_select", relevance.device, patch_select_obstacle(relevance)):
+    if uses_triton("patch_select", relevance.device, patch_select_ineligible(relevance)):
         return launch_patch_select(relevance, threshold, top_k, context)
     selection = reference_patch_select(relevance, context=context, threshold=threshold, top_k=top_k)
     kept_tokens = selection.kept_tokens
@@ -180,15 +180,15 @@ def _patch_select_flops(*_: Any, **__: Any) -> int:
 
 def patch_select(
     relevance: Tensor, *, context: bool = False, threshold: float | None = None, top_k: int | None = None
-) -> Selection:
+) -> PatchSelection:
     """Select the patches to mask.
 
     relevance: float32 (N, P), or float64 in plain PyTorch. threshold in [0, 1]: the object mask is c > threshold (strict), c
     the map over its maximum. top_k in 1..P: the object mask is the k highest, ties go to the lower patch index. context: mask
     everything else instead. Exactly one of threshold and top_k. In a map with a NaN every c is NaN: nothing is above a
-    threshold, all tie in top_k. Returns Selection(normalised, mask, counts, kept_tokens). Raises ValueError, naming the
+    threshold, all tie in top_k. Returns PatchSelection(normalised, mask, counts, kept_tokens). Raises ValueError, naming the
     argument, on another rank, dtype or option value. Source: paper section 3.3.
     """
     check_selection(relevance, threshold=threshold, top_k=top_k)
     normalised, mask, counts, kept_tokens = torch.ops.cammask.patch_select(relevance, threshold, top_k, context)
-    return Selection(normalised, mask, counts, None if top_k is None else kept_tokens)
+    return PatchSelection(normalised, mask, counts, None if top_k is None else kept_tokens)

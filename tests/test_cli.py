@@ -245,7 +245,7 @@ def test_a_bad_image_is_left_out_and_reported(tmp_path: Path, capsys: pytest.Cap
     assert (out / "scores.csv").read_text().startswith("data,images,classes,accuracy,top5,calibration_error\n")
     assert (out / "per_class.csv").read_text().count("\n") == 3
     run = json.loads((out / "run.json").read_text())
-    assert run["loader"] == {"torch": "PlainLoader", "dali": "DaliLoader"}[loader]
+    assert run["loader"] == {"torch": "TorchLoader", "dali": "DaliLoader"}[loader]
     assert 0 <= run["waited_for_data"] < 1
 
 

@@ -22,18 +22,18 @@ from bench.step.memory import LiveStorages
 from bench.step.work import count_flops, forward_unit
 from cammask_fast import distributed
 from cammask_fast.config import OptimConfig, TrainConfig
-from cammask_fast.data.batch import Batch
-from cammask_fast.data.benchmark import evaluation_splits, training_splits
-from cammask_fast.data.texture_digits import CLASS_NAMES
-from cammask_fast.demo import tiny_config
+from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
+from cammask_fast.data.datasets.texture_digits_splits import evaluation_splits, training_splits
+from cammask_fast.data.types import Batch
+from cammask_fast.demo.run import tiny_config
 from cammask_fast.evaluate import accuracy
-from cammask_fast.masking import Draws
+from cammask_fast.masking import MaskRandomness
 from cammask_fast.model.classifier import Classifier, keeps_precision
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.model.zero_shot import tiny_classifier
 from cammask_fast.optim import FlatAdamW, clipped_step
-from cammask_fast.state import Saved, TrainState
-from cammask_fast.step import Losses, build_step, build_strategy, build_train_step, draw_for_step
+from cammask_fast.state import Snapshot, TrainState
+from cammask_fast.step import Losses, build_step, build_strategy, build_train_step, sample_step_randomness
 from tests.test_step import CONFIGS, TINY, batch, classifier, pair
 
 COMPILED = [
@@ -82,7 +82,7 @@ def run(config: TrainConfig, *, compiled: bool, accumulate: int = 1, dtype: torc
         for half in range(accumulate):
             data = batch(8)
             data = Batch(*(tensor.roll(number, 0).chunk(accumulate)[half] for tensor in data))
-            parts.append((data, draw_for_step(build_strategy(config), data, TINY.patches, state.generator)))
+            parts.append((data, sample_step_randomness(build_strategy(config), data, TINY.patches, state.generator)))
         if compiled:
             losses.append(step(parts))
         else:
@@ -169,12 +169,12 @@ def test_a_linear_probe_compiles_and_moves_the_head_alone() -> None:
     assert moved == {"head.weight", "head.bias"}
 
 
-def shapes_only(vit: ViTConfig, count: int) -> tuple[Classifier, Classifier, Batch, Draws]:
+def shapes_only(vit: ViTConfig, count: int) -> tuple[Classifier, Classifier, Batch, MaskRandomness]:
     """To be called inside FakeTensorMode."""
     student = Classifier(VisionTransformer(vit), torch.zeros(1000, vit.output_dim))
     images = torch.zeros(count, vit.image_size, vit.image_size, 3, dtype=torch.uint8)
     labels = torch.zeros(count, dtype=torch.int64)
-    return student, student.frozen_copy(), Batch(images, labels, labels), Draws(donors=labels)
+    return student, student.frozen_copy(), Batch(images, labels, labels), MaskRandomness(donors=labels)
 
 
 B16 = ViTConfig(image_size=224, patch_size=16, width=768, layers=12, heads=12, output_dim=512)
@@ -219,7 +219,7 @@ def test_weights_are_cast_once_for_all_passes() -> None:
     config, graphs = replace(CONFIGS["masked-object"], precision="bf16", optim=OPTIM, epochs=1), Graphs()
     student, teacher = (model.to(torch.float32) for model in pair())
     state, data = TrainState.create(student, config, steps_per_epoch=STEPS, compiled=True), batch(8)
-    draws = draw_for_step(build_strategy(config), data, TINY.patches, state.generator)
+    draws = sample_step_randomness(build_strategy(config), data, TINY.patches, state.generator)
     build_train_step(state, teacher, config, backend=graphs.backend)([(data, draws)])
     ((graph,), casts) = graphs, []
     size = sum(p.numel() for p in student.parameters())
@@ -278,12 +278,12 @@ def test_a_saved_state_goes_on_eagerly_or_compiled(before: bool, after: bool) ->
             if state.step == 3:
                 found[0].fill_(torch.nan)
             if isinstance(state.optimizer, FlatAdamW):
-                state.note(loss, state.optimizer.update(torch.cat([g.flatten() for g in found]), loss))
+                state.update(loss, state.optimizer.update(torch.cat([g.flatten() for g in found]), loss))
             else:
                 assert state.schedule is not None
                 for parameter, gradient in zip(parameters, found, strict=True):
                     parameter.grad = gradient
-                state.note(loss, clipped_step(state.optimizer, parameters, loss, clip_norm=1.0))
+                state.update(loss, clipped_step(state.optimizer, parameters, loss, clip_norm=1.0))
                 if state.step < 19:
                     state.schedule.step()
             state.step += 1
@@ -291,7 +291,7 @@ def test_a_saved_state_goes_on_eagerly_or_compiled(before: bool, after: bool) ->
 
     saved, rest = go_on(state(compiled=before), to=9).state_dict()
     resumed = state(compiled=after, seed=1)
-    resumed.load_state_dict(Saved({name: value.clone() for name, value in saved.items()}, rest))
+    resumed.load_state_dict(Snapshot({name: value.clone() for name, value in saved.items()}, rest))
     go_on(resumed, to=20)
     whole = go_on(state(compiled=after), to=20)
     worst, error = furthest(resumed.student, whole.student)
@@ -319,7 +319,7 @@ def test_processes_average_their_gradients(monkeypatch: pytest.MonkeyPatch, comp
 def gradients(config: TrainConfig, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Losses]:
     student, teacher = (model.to(dtype) for model in pair())
     data = batch()
-    losses = build_step(student, teacher, config)(data, draw_for_step(None, data, TINY.patches, torch.Generator()))
+    losses = build_step(student, teacher, config)(data, sample_step_randomness(None, data, TINY.patches, torch.Generator()))
     assert all(p.grad is not None and p.grad.dtype == dtype for p in student.parameters())
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]), losses
 
@@ -362,7 +362,7 @@ def two_hundred_steps(seed: int, *, compiled: bool, precision: str) -> float:
     loader, _ = training_splits(seed, batch_size=config.batch_size)
     patches = teacher.visual.config.patches
     for data in islice(chain.from_iterable(repeat(loader)), 200):
-        step([(data, draw_for_step(strategy, data, patches, state.generator))])
+        step([(data, sample_step_randomness(strategy, data, patches, state.generator))])
     return accuracy(state.student.eval(), evaluation_splits()["id"])
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from cammask_fast import demo
-from cammask_fast.data.benchmark import OOD_SETS
-from cammask_fast.data.texture_digits import CLASS_NAMES
+from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
+from cammask_fast.data.datasets.texture_digits_splits import OOD_SETS
+from cammask_fast.demo import run as demo
+from cammask_fast.demo.report import accuracy_table, claims, write_report
 from cammask_fast.model.zero_shot import tiny_classifier
-from cammask_fast.pictures import gallery
-from cammask_fast.report import accuracy_table, claims, write_report
+from cammask_fast.viz.plots import gallery
 
 ROOT = Path(__file__).parent.parent
 

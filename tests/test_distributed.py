@@ -19,7 +19,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from cammask_fast import distributed
 from cammask_fast.cli import main
 from cammask_fast.distributed import in_buckets
-from tests.processes import (
+from tests.helpers.processes import (
     assert_same_run,
     kill,
     last_step,
@@ -63,7 +63,7 @@ def run_patched(patch: str, argv: list[object], *, folder: Path) -> subprocess.C
 def test_any_number_of_ranks_gives_the_same_losses(
     photos: Path, tmp_path: Path, ranks: int, options: tuple[object, ...]
 ) -> None:
-    """With donors by place in the global batch; three steps, so that differences of rounding cannot grow."""
+    """With donors by position in the global batch; three steps, so that differences of rounding cannot grow."""
     one, many = tmp_path / "one", tmp_path / "many"
     shared = ("--donors", "global", "--masking", options[1])
     assert main([str(word) for word in train(photos, one, *shared)]) == 0
@@ -96,11 +96,11 @@ def test_donors_of_the_own_batch_differ_between_ranks(photos: Path, tmp_path: Pa
 def test_an_error_on_one_rank_ends_all_with_its_message(photos: Path, tmp_path: Path) -> None:
     """Rank 1 alone cannot read its data."""
     patch = """
-from cammask_fast.data import plain_loader
+from cammask_fast.data.loaders import torch_loader
 def broken(loader, decoded):
     raise ValueError("the disk of this machine is gone")
 if os.environ["RANK"] == "1":
-    plain_loader.settled = broken
+    torch_loader.replace_or_drop_unreadable = broken
 """
     started = time.monotonic()
     done = run_patched(patch, train(photos, tmp_path / "out", "--workers", 0), folder=tmp_path)
@@ -179,18 +179,18 @@ def test_processes_meet_in_a_store_that_the_dead_have_written_to() -> None:
     store = HashStore()
     for part in ("1", "2"):
         with ThreadPoolExecutor(3) as pool:
-            others = [pool.submit(distributed.meet, store, rank, 3, timeout=20) for rank in (1, 2)]
+            others = [pool.submit(distributed.rendezvous_prefix, store, rank, 3, timeout=20) for rank in (1, 2)]
             time.sleep(0.2)
             assert not any(other.done() for other in others), "they take what the dead have left for an answer"
-            first = pool.submit(distributed.meet, store, 0, 3, timeout=20)
+            first = pool.submit(distributed.rendezvous_prefix, store, 0, 3, timeout=20)
             assert [future.result() for future in (first, *others)] == [part] * 3
 
 
 def test_a_machine_that_does_not_come_is_named() -> None:
     with pytest.raises(ValueError, match=r"rank 0 did not meet rank 1, 2 within 0.1 s \(--timeout\): is torchrun up"):
-        distributed.meet(HashStore(), 0, 3, timeout=0.1)
+        distributed.rendezvous_prefix(HashStore(), 0, 3, timeout=0.1)
     with pytest.raises(ValueError, match="rank 2 did not meet rank 0"):
-        distributed.meet(HashStore(), 2, 3, timeout=0.1)
+        distributed.rendezvous_prefix(HashStore(), 2, 3, timeout=0.1)
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_a_machine_that_is_lost_and_comes_back(photos: Path, tmp_path: Path) -> 
 
 
 def test_one_process_alone_votes_at_once() -> None:
-    vote = distributed.Vote()
+    vote = distributed.AsyncAnyFlag()
     assert [vote(flag) for flag in (False, True, False)] == [False, True, False]
 
 
@@ -237,14 +237,14 @@ def test_a_nan_on_one_rank_is_skipped_by_all(photos: Path, tmp_path: Path) -> No
     patch = """
 import torch
 from cammask_fast import train
-parts = train._parts
+parts = train.split_microbatches
 def spoiled(batch, config, state, world):
     found = parts(batch, config, state, world)
     if world.rank == 1 and state.step == 3:
         images = torch.full(batch.images.shape, torch.nan).permute(0, 3, 1, 2)
         found = [(piece._replace(images=images), draws) for piece, draws in found]
     return found
-train._parts = spoiled
+train.split_microbatches = spoiled
 """
     out = tmp_path / "out"
     argv = train(photos, out, "--epochs", 3, "--masking", "RandMaskNoFill(0.5)")

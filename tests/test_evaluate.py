@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cammask_fast.cli import main
-from cammask_fast.data.batch import ArrayLoader
-from cammask_fast.data.texture_digits import CLASS_NAMES
-from cammask_fast.evaluate import Score, Tally, accuracy, evaluate
+from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
+from cammask_fast.data.types import ArrayLoader
+from cammask_fast.evaluate import AccuracyMeter, Score, accuracy, evaluate
 from cammask_fast.model.zero_shot import tiny_classifier
 from cammask_fast.wise_ft import interpolations
 from tests.test_folder import make_folder
@@ -21,7 +21,7 @@ from tests.test_folder import make_folder
 
 def score_of(logits: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor | None = None, *, split: int = 1) -> Score:
     groups = torch.arange(logits.shape[1]) if groups is None else groups
-    tally = Tally(groups, int(labels.max()) + 1)
+    tally = AccuracyMeter(groups, int(labels.max()) + 1)
     for part, of_part in zip(logits.chunk(split), labels.chunk(split), strict=True):
         tally.add(part, of_part)
     return tally.score()

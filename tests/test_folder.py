@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cammask_fast.data.folder import read_class_names, scan
-from cammask_fast.data.selection import few_shot, hold_out, hold_out_images, labelled_by, of_classes
-from cammask_fast.data.sources import Selection, training_sources
+from cammask_fast.data.datasets.image_folder import read_class_names, scan
+from cammask_fast.data.factory import DataSubset, training_sources
+from cammask_fast.data.splits import few_shot, hold_out, hold_out_images, labelled_by, of_classes
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
@@ -23,9 +23,9 @@ def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path
 
 
 def make_folder(root: Path, counts: dict[str, int], suffix: str = ".jpg") -> Path:
-    for place, (name, count) in enumerate(counts.items()):
+    for index, (name, count) in enumerate(counts.items()):
         for i in range(count):
-            write_image(root / name / f"{i:02}{suffix}", seed=100 * place + i)
+            write_image(root / name / f"{i:02}{suffix}", seed=100 * index + i)
     return root
 
 
@@ -46,16 +46,16 @@ def test_scan_sorts_follows_links_and_ignores_other_files(tmp_path: Path) -> Non
 def test_train_and_val_folders(tmp_path: Path) -> None:
     make_folder(tmp_path / "train", {"a": 3, "b": 2, "c": 2})
     make_folder(tmp_path / "val", {"b": 1, "c": 2})
-    train, val = training_sources(str(tmp_path), Selection(), seed=0)
+    train, val = training_sources(str(tmp_path), DataSubset(), seed=0)
     assert val is not None
     assert len(train) == 7
     assert val.labels.tolist() == [1, 2, 2]
-    held = training_sources(str(tmp_path), Selection(val_images=2), seed=0)[1]
+    held = training_sources(str(tmp_path), DataSubset(val_images=2), seed=0)[1]
     assert held is not None
     assert held.where.endswith("train"), "asked to hold out, val/ is left for the test"
     make_folder(tmp_path / "val", {"d": 1})
     with pytest.raises(ValueError, match="d; known: a, b, c"):
-        training_sources(str(tmp_path), Selection(), seed=0)
+        training_sources(str(tmp_path), DataSubset(), seed=0)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.99])
@@ -133,13 +133,13 @@ def test_bad_folders(tmp_path: Path) -> None:
     make_folder(tmp_path / "single", {"a": 3, "b": 1})
     single = str(tmp_path / "single")
     with pytest.raises(ValueError, match=r"only one image in class b .*--val-share 0"):
-        training_sources(single, Selection(val_share=0.1), seed=0)
-    train, val = training_sources(single, Selection(val_share=0), seed=0)
+        training_sources(single, DataSubset(val_share=0.1), seed=0)
+    train, val = training_sources(single, DataSubset(val_share=0), seed=0)
     assert val is None
     assert len(train) == 4
     for wrong in ({"val_share": 1.0}, {"val_share": 0.1, "val_images": 3}):
         with pytest.raises(ValueError, match="--val-share"):
-            Selection(**wrong)  # type: ignore[arg-type]
+            DataSubset(**wrong)  # type: ignore[arg-type]
 
 
 def test_an_empty_class_folder_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,13 +12,13 @@ import skimage
 import torch
 from PIL import Image
 
-from cammask_fast.data.bad_samples import BadSamples
-from cammask_fast.data.dali_loader import DaliLoader
-from cammask_fast.data.decode import Transform
-from cammask_fast.data.folder import scan
-from cammask_fast.data.plain_loader import PlainLoader
-from cammask_fast.data.shards import index_of, open_shards
-from tests.test_shards import write_tar
+from cammask_fast.data.datasets.image_folder import scan
+from cammask_fast.data.datasets.webdataset import index_of, open_shards
+from cammask_fast.data.loaders.dali_loader import DaliLoader
+from cammask_fast.data.loaders.torch_loader import TorchLoader
+from cammask_fast.data.loaders.unreadable import UnreadableSamples
+from cammask_fast.data.transforms import Transform
+from tests.test_webdataset import write_tar
 
 MUTATED_JPEGS = 1000
 MUTATED_TARS = 200
@@ -56,8 +56,8 @@ def small_jpeg(value: int, size: tuple[int, int] = (64, 48)) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", [PlainLoader, DaliLoader])
-def test_a_thousand_mutated_jpegs(tmp_path: Path, kind: type[PlainLoader | DaliLoader]) -> None:
+@pytest.mark.parametrize("kind", [TorchLoader, DaliLoader])
+def test_a_thousand_mutated_jpegs(tmp_path: Path, kind: type[TorchLoader | DaliLoader]) -> None:
     """Among them are 100 whole images, a class of their own, that must come out as they are."""
     rng = random.Random(7)
     originals = [small_jpeg(value) for value in (20, 90, 151)]
@@ -70,7 +70,7 @@ def test_a_thousand_mutated_jpegs(tmp_path: Path, kind: type[PlainLoader | DaliL
     source = scan(tmp_path)
     loader = kind(
         source, Transform(size=SIZE), batch_size=25, shuffle=True, seed=1, workers=1,
-        bad=BadSamples("test", len(source), max_share=1.0, report=tmp_path / "bad.tsv"),
+        bad=UnreadableSamples("test", len(source), max_share=1.0, report=tmp_path / "bad.tsv"),
     )  # fmt: skip
     expected = {i: int(np.asarray(Image.open(io.BytesIO(data))).mean()) for i, data in enumerate(originals)}
     shown, whole = 0, set()
@@ -94,7 +94,7 @@ def test_two_hundred_mutated_tars(tmp_path: Path) -> None:
     for i in range(8):
         members |= {f"{i}.jpg": small_jpeg(20 * i), f"{i}.cls": b"%d" % (i % 3)}
     whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
-    headers = [place for place in range(0, len(whole), 512) if whole[place + 257 : place + 262] == b"ustar"]
+    headers = [position for position in range(0, len(whole), 512) if whole[position + 257 : position + 262] == b"ustar"]
     right = {data: i % 3 for i, data in enumerate(members[f"{i}.jpg"] for i in range(8))}
     readable = wrong = faults = 0
     for number in range(MUTATED_TARS):
@@ -112,13 +112,13 @@ def test_two_hundred_mutated_tars(tmp_path: Path) -> None:
                 open_shards(str(shard))
             continue
         shards = open_shards(str(shard))
-        for place in range(len(shards)):
-            label = right.get(shards.read(place))
+        for position in range(len(shards)):
+            label = right.get(shards.read(position))
             if label is not None:
                 readable += 1
-                wrong += int(shards.labels[place]) != label
-        bad = BadSamples("test", 8, max_share=1.0, report=tmp_path / "bad.tsv")
-        for batch in PlainLoader(shards, Transform(size=SIZE), batch_size=8, bad=bad):
+                wrong += int(shards.labels[position]) != label
+        bad = UnreadableSamples("test", 8, max_share=1.0, report=tmp_path / "bad.tsv")
+        for batch in TorchLoader(shards, Transform(size=SIZE), batch_size=8, bad=bad):
             assert torch.equal(batch.labels, shards.labels[batch.sample_ids])
     assert readable > 400
     assert wrong <= 4, "only where the mutation hit the label or the key itself"

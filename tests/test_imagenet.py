@@ -16,10 +16,10 @@ from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from torch import Tensor
 
-from cammask_fast.data import imagenet
-from cammask_fast.data.imagenet import Known, find_sets, imagenet_names, objectnet_mapping, open_known, wnids, wnids_of
-from cammask_fast.data.loading import Loading
-from cammask_fast.data.sources import folders_of, open_evaluation
+from cammask_fast.data.datasets import imagenet
+from cammask_fast.data.datasets.imagenet import Known, find_sets, imagenet_names, objectnet_mapping, open_known, wnids, wnids_of
+from cammask_fast.data.factory import folders_of, open_evaluation
+from cammask_fast.data.loaders.config import LoaderConfig
 from cammask_fast.evaluate import Score, evaluate
 from cammask_fast.kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD
 from cammask_fast.model.classifier import Classifier
@@ -67,10 +67,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sketch": [wnids()[i] for i in chosen],
         "imagenet-a": wnids_of("imagenet-a"),
     }
-    place = {wnid: index for index, wnid in enumerate(wnids())}
+    index_of = {wnid: index for index, wnid in enumerate(wnids())}
     for folder, names in layouts.items():
         for name in names:
-            coloured(root / folder / name / "0.JPEG", int(name) if name.isdecimal() else place[name])
+            coloured(root / folder / name / "0.JPEG", int(name) if name.isdecimal() else index_of[name])
     write_objectnet(root / "objectnet-1.0")
     return root
 
@@ -95,11 +95,15 @@ def write_objectnet(root: Path) -> None:
 
 
 def scores(
-    family: Path, model: ColourReader, data: list[str] | None = None, folders: tuple[str, ...] | None = None, **loading: Any
+    family: Path,
+    model: ColourReader,
+    data: list[str] | None = None,
+    folders: tuple[str, ...] | None = None,
+    **loader_config: Any,
 ) -> dict[str, Score]:
-    options = Loading(workers=1, report=family / "bad.tsv", **loading)
+    options = LoaderConfig(workers=1, report=family / "bad.tsv", **loader_config)
     sets = open_evaluation(
-        data or [str(family)], image_size=SIZE, class_folders=folders or wnids(), loading=options, allow_incomplete=True
+        data or [str(family)], image_size=SIZE, class_folders=folders or wnids(), loader_config=options, allow_incomplete=True
     )
     return {
         name: evaluate([cast(Classifier, model)], one.loader, groups=one.groups, classes=len(one.class_folders))[0]
@@ -188,7 +192,7 @@ def test_a_training_folder_or_other_data_of_that_name_is_not_taken_for_a_set(tmp
 
 def test_wrong_counts_are_errors_that_say_what_is_missing(family: Path) -> None:
     def opened(*data: str) -> None:
-        open_evaluation(data, image_size=SIZE, class_folders=wnids(), loading=Loading(workers=0))
+        open_evaluation(data, image_size=SIZE, class_folders=wnids(), loader_config=LoaderConfig(workers=0))
 
     with pytest.raises(ValueError, match=r"imagenet: 500 of 1000 classes and 500 of 50000 images in .*val, missing n01443537"):
         opened(str(family))

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bench.data.photographs import generate
-from cammask_fast.data.bad_samples import BadSamples
-from cammask_fast.data.dali_loader import DaliLoader, dali_installed
-from cammask_fast.data.decode import Augment, Transform
-from cammask_fast.data.folder import scan
-from cammask_fast.data.plain_loader import PlainLoader
+from cammask_fast.data.datasets.image_folder import scan
+from cammask_fast.data.loaders.dali_loader import DaliLoader, dali_installed
+from cammask_fast.data.loaders.torch_loader import TorchLoader
+from cammask_fast.data.loaders.unreadable import UnreadableSamples
+from cammask_fast.data.transforms import Augment, Transform
 
 pytestmark = [
     pytest.mark.triton,
@@ -26,8 +26,8 @@ def test_decoding_on_the_gpu_agrees_with_pil(tmp_path: Path, augment: Augment) -
     source = scan(generate(tmp_path, 24))
     (tmp_path / "class0" / "00000.jpg").write_bytes(b"no image")
     transform = Transform(size=224, augment=augment, seed=1)
-    bad = BadSamples("test", 24, max_share=1.0, report=tmp_path / "bad.tsv")
-    on_cpu = PlainLoader(source, transform, batch_size=8, workers=1, shuffle=True, seed=2, bad=bad)
+    bad = UnreadableSamples("test", 24, max_share=1.0, report=tmp_path / "bad.tsv")
+    on_cpu = TorchLoader(source, transform, batch_size=8, workers=1, shuffle=True, seed=2, bad=bad)
     on_gpu = DaliLoader(source, transform, batch_size=8, workers=1, shuffle=True, seed=2, bad=bad, device="cuda")
     for plain, dali in zip(on_cpu, on_gpu, strict=True):
         assert dali.images.device.type == "cuda"

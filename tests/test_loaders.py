@@ -14,21 +14,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cammask_fast.data.bad_samples import BadSamples
-from cammask_fast.data.batch import ArrayLoader, Batch, ImageSource
-from cammask_fast.data.dali_loader import DaliLoader
-from cammask_fast.data.decode import Augment, Transform, decode
-from cammask_fast.data.folder import ImageFolder, scan
-from cammask_fast.data.loading import Loading
-from cammask_fast.data.order import Order
+from cammask_fast.data.datasets.image_folder import ImageFolder, scan
+from cammask_fast.data.datasets.webdataset import open_shards
+from cammask_fast.data.loaders.config import LoaderConfig
+from cammask_fast.data.loaders.dali_loader import DaliLoader
+from cammask_fast.data.loaders.torch_loader import TorchLoader
+from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.pack import pack
-from cammask_fast.data.plain_loader import PlainLoader
-from cammask_fast.data.shards import open_shards
+from cammask_fast.data.sampler import ResumableDistributedSampler
+from cammask_fast.data.transforms import Augment, Transform, decode
+from cammask_fast.data.types import ArrayLoader, Batch, ImageSource
 from tests.test_folder import make_folder, write_image
 
 SIZE = 32
-LOADERS = pytest.mark.parametrize("kind", [PlainLoader, DaliLoader])
-AnyLoader = PlainLoader | DaliLoader
+LOADERS = pytest.mark.parametrize("kind", [TorchLoader, DaliLoader])
+AnyLoader = TorchLoader | DaliLoader
 Make = type[AnyLoader]
 
 
@@ -36,9 +36,9 @@ Make = type[AnyLoader]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
     """27 smooth photographs of different sizes in three classes."""
     root = tmp_path_factory.mktemp("images")
-    for place, name in enumerate("abc"):
+    for index, name in enumerate("abc"):
         for i in range(9):
-            write_image(root / name / f"{i}.jpg", seed=10 * place + i, size=(40 + 7 * i, 90 - 5 * i))
+            write_image(root / name / f"{i}.jpg", seed=10 * index + i, size=(40 + 7 * i, 90 - 5 * i))
     return scan(root)
 
 
@@ -49,8 +49,8 @@ def shards(folder: ImageFolder, tmp_path_factory: pytest.TempPathFactory) -> Ima
     return open_shards(str(out))
 
 
-def bad_samples(folder: Path, total: int = 27, *, max_share: float = 1.0) -> BadSamples:
-    return BadSamples("test", total, max_share=max_share, report=folder / "bad.tsv")
+def bad_samples(folder: Path, total: int = 27, *, max_share: float = 1.0) -> UnreadableSamples:
+    return UnreadableSamples("test", total, max_share=max_share, report=folder / "bad.tsv")
 
 
 def open_loader(
@@ -76,31 +76,35 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 @pytest.mark.parametrize("count", [1, 7, 24, 25])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_sample_comes_exactly_once_over_all_ranks(count: int, world_size: int) -> None:
-    ranks = [Order(count, batch_size=2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [ResumableDistributedSampler(count, batch_size=2, rank=rank, world_size=world_size) for rank in range(world_size)]
     batches = [order.begin() for order in ranks]
     assert [len(of_rank) for of_rank in batches] == [len(order) for order in ranks]
     assert sorted(torch.cat([*itertools.chain(*batches)]).tolist()) == list(range(count))
     if count >= 2 * world_size:
         training = [
-            Order(count, batch_size=2, shuffle=True, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)
+            ResumableDistributedSampler(count, batch_size=2, shuffle=True, seed=1, rank=rank, world_size=world_size)
+            for rank in range(world_size)
         ]
         shown = torch.cat([torch.cat(order.begin()) for order in training]).tolist()
         assert len(shown) == len(set(shown)) == count - count % (2 * world_size), "the incomplete global batch is dropped"
-        alone = Order(count, batch_size=2 * world_size, shuffle=True, seed=1).begin()
+        alone = ResumableDistributedSampler(count, batch_size=2 * world_size, shuffle=True, seed=1).begin()
         together = [torch.cat(parts) for parts in zip(*(order.begin() for order in training), strict=True)]
         assert all(torch.equal(x, y) for x, y in zip(alone, together, strict=True)), "a global batch is the same on any ranks"
 
 
 def test_the_order_refuses_a_place_in_other_data() -> None:
-    order = Order(24, batch_size=4, shuffle=True, seed=1)
+    order = ResumableDistributedSampler(24, batch_size=4, shuffle=True, seed=1)
     state = {**order.state_dict(), "epoch": 2, "position": 3}
-    Order(24, batch_size=2, shuffle=True, seed=1, world_size=2).load_state_dict(state)
-    for other in (Order(25, batch_size=4, shuffle=True, seed=1), Order(24, batch_size=4, shuffle=True, seed=2)):
+    ResumableDistributedSampler(24, batch_size=2, shuffle=True, seed=1, world_size=2).load_state_dict(state)
+    for other in (
+        ResumableDistributedSampler(25, batch_size=4, shuffle=True, seed=1),
+        ResumableDistributedSampler(24, batch_size=4, shuffle=True, seed=2),
+    ):
         with pytest.raises(ValueError, match=r"other data or settings: (count 24 instead of 25|seed 1 instead of 2)"):
             other.load_state_dict(state)
     for wrong in ({"batch_size": 0}, {"batch_size": 25, "shuffle": True}, {"batch_size": 1, "rank": 1}):
         with pytest.raises(ValueError, match=r"batch size|rank"):
-            Order(24, **wrong)  # type: ignore[arg-type]
+            ResumableDistributedSampler(24, **wrong)  # type: ignore[arg-type]
 
 
 @LOADERS
@@ -181,11 +185,11 @@ def test_both_loaders_agree_on_photographs(tmp_path: Path, augment: Augment) -> 
     """scikit-image's photographs as JPEGs of several qualities and samplings."""
     import skimage
 
-    for place, name in enumerate(("astronaut", "coffee", "chelsea", "camera", "rocket", "retina")):
+    for index, name in enumerate(("astronaut", "coffee", "chelsea", "camera", "rocket", "retina")):
         photograph = Image.fromarray(getattr(skimage.data, name)())
         (tmp_path / "a").mkdir(exist_ok=True)
         for quality, subsampling in ((75, 2), (92, 1), (98, 0)):
-            path = tmp_path / "a" / f"{place}-{quality}.jpg"
+            path = tmp_path / "a" / f"{index}-{quality}.jpg"
             photograph.save(path, quality=quality, subsampling=subsampling, progressive=quality == 92)
     assert_agreement(scan(tmp_path), tmp_path, augment, size=224)
 
@@ -195,7 +199,7 @@ def assert_agreement(source: ImageSource, report: Path, augment: Augment, *, siz
     transform = Transform(size=size, augment=augment, seed=2)
     loaders = [
         kind(source, transform, batch_size=4, workers=2, shuffle=True, seed=1, bad=bad_samples(report, len(source)))
-        for kind in (PlainLoader, DaliLoader)
+        for kind in (TorchLoader, DaliLoader)
     ]
     for plain, dali in zip(*loaders, strict=True):
         assert torch.equal(plain.labels, dali.labels)
@@ -273,7 +277,7 @@ def test_bad_samples_are_left_out_replaced_and_listed(tmp_path: Path, kind: Make
         training.set_epoch(epoch)
         for batch, asked in zip(training, training.order.begin(), strict=True):
             good = [i for i in asked.tolist() if i in clean]
-            following = [next(i for i in itertools.chain(asked[place:].tolist(), good) if i in clean) for place in range(4)]
+            following = [next(i for i in itertools.chain(asked[index:].tolist(), good) if i in clean) for index in range(4)]
             assert batch.sample_ids.tolist() == following, "the next readable sample of the batch takes the place"
             assert batch.labels.tolist() == [source.labels[i] for i in following], "with its own label"
             for index, image in zip(following, batch.images, strict=True):
@@ -317,14 +321,14 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path, kind: Make) -> None:
 
 def test_a_batch_without_any_readable_sample_is_left_out(tmp_path: Path) -> None:
     damaged_folder(tmp_path / "data")
-    for kind in (PlainLoader, DaliLoader):
+    for kind in (TorchLoader, DaliLoader):
         loader = open_loader(kind, scan(tmp_path / "data"), tmp_path, batch_size=1)
         assert len(list(loader)) == 12
         assert loader.state_dict()["position"] == 17, "places are counted in batches asked for"
 
 
 def test_a_killed_worker_is_one_line(folder: ImageFolder, tmp_path: Path) -> None:
-    loader = open_loader(PlainLoader, folder, tmp_path, workers=1, batch_size=1)
+    loader = open_loader(TorchLoader, folder, tmp_path, workers=1, batch_size=1)
     batches = iter(loader)
     next(batches)
     for process in loader._loader._iterator._workers:  # type: ignore[union-attr]
@@ -353,24 +357,24 @@ def test_a_killed_worker_is_not_taken_for_images_that_dali_refuses(
 def test_options(folder: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transform = Transform(size=SIZE)
     report = tmp_path / "bad.tsv"
-    kinds: list[tuple[str, Make]] = [("auto", DaliLoader), ("dali", DaliLoader), ("torch", PlainLoader)]
+    kinds: list[tuple[str, Make]] = [("auto", DaliLoader), ("dali", DaliLoader), ("torch", TorchLoader)]
     for kind, expected in kinds:
-        assert type(Loading(kind=kind, workers=0, report=report).open(folder, transform, batch_size=2)) is expected
+        assert type(LoaderConfig(kind=kind, workers=0, report=report).build(folder, transform, batch_size=2)) is expected
     wrong: list[Callable[[], object]] = [
-        lambda: Loading(kind="fast"),
-        lambda: Loading(workers=-1).open(folder, transform, batch_size=2),
-        lambda: Loading(max_bad=2).open(folder, transform, batch_size=2),
-        lambda: Loading(kind="dali", hardware_share=1.5).open(folder, transform, batch_size=2),
-        lambda: Loading(kind="torch", workers=-1).open(folder, transform, batch_size=2),
+        lambda: LoaderConfig(kind="fast"),
+        lambda: LoaderConfig(workers=-1).build(folder, transform, batch_size=2),
+        lambda: LoaderConfig(max_bad=2).build(folder, transform, batch_size=2),
+        lambda: LoaderConfig(kind="dali", hardware_share=1.5).build(folder, transform, batch_size=2),
+        lambda: LoaderConfig(kind="torch", workers=-1).build(folder, transform, batch_size=2),
     ]
     for make in wrong:
         with pytest.raises(ValueError, match=r"loader|--workers|--max-bad|--hardware-share"):
             make()
-    monkeypatch.setattr("cammask_fast.data.loading.dali_installed", lambda: False)
-    monkeypatch.setattr("cammask_fast.data.dali_loader.dali_installed", lambda: False)
-    assert type(Loading(workers=0, report=report).open(folder, transform, batch_size=2)) is PlainLoader
+    monkeypatch.setattr("cammask_fast.data.loaders.config.dali_installed", lambda: False)
+    monkeypatch.setattr("cammask_fast.data.loaders.dali_loader.dali_installed", lambda: False)
+    assert type(LoaderConfig(workers=0, report=report).build(folder, transform, batch_size=2)) is TorchLoader
     with pytest.raises(ValueError, match="pip install nvidia-dali-cuda130"):
-        Loading(kind="dali", report=report).open(folder, transform, batch_size=2)
+        LoaderConfig(kind="dali", report=report).build(folder, transform, batch_size=2)
 
 
 def test_images_in_memory_resume_too() -> None:

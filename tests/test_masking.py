@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.kernels.reference import patch_select
-from cammask_fast.masking import Draws, Strategy, counterfactual, draw_masking, masked_input, parse_strategy
+from cammask_fast.masking import MaskRandomness, Strategy, counterfactual, masked_input, parse_strategy, sample_mask_randomness
 
 PAPER = {
     "RandMaskNoFill(0.75)": ("random", "none", 0.75),
@@ -40,8 +40,8 @@ def relevance() -> Tensor:
     return torch.rand(COUNT, GRID * GRID, generator=seeded(1))
 
 
-def draw(name: str, seed: int = 0, *, count: int = COUNT, patches: int = GRID * GRID) -> Draws:
-    return draw_masking(parse_strategy(name), count=count, patches=patches, generator=seeded(seed))
+def draw(name: str, seed: int = 0, *, count: int = COUNT, patches: int = GRID * GRID) -> MaskRandomness:
+    return sample_mask_randomness(parse_strategy(name), count=count, patches=patches, generator=seeded(seed))
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -144,7 +144,7 @@ def test_the_generator_alone_decides_and_advances() -> None:
     torch.manual_seed(0)
     state, generator = torch.get_rng_state(), seeded()
     strategy = parse_strategy("RandMaskMultiFill(0.5)")
-    first, second = (draw_masking(strategy, count=4, patches=9, generator=generator) for _ in range(2))
+    first, second = (sample_mask_randomness(strategy, count=4, patches=9, generator=generator) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert first.uniform is not None
     assert second.uniform is not None
@@ -210,7 +210,7 @@ def test_every_pixel_comes_from_the_image_or_from_its_donor(name: str) -> None:
 def test_object_and_context_masks_are_complements() -> None:
     for value in ("0.4", "top=4", "top=50%"):
         obj, ctx = (
-            counterfactual(images(), relevance(), parse_strategy(f"{s}MaskNoFill({value})"), Draws(), grid=GRID).mask
+            counterfactual(images(), relevance(), parse_strategy(f"{s}MaskNoFill({value})"), MaskRandomness(), grid=GRID).mask
             for s in ("Obj", "Ctx")
         )
         assert obj is not None
@@ -221,18 +221,18 @@ def test_object_and_context_masks_are_complements() -> None:
 def test_no_fill_leaves_the_images_and_names_what_to_drop() -> None:
     pixels, cam = images(), relevance()
     by_threshold = parse_strategy("ObjMaskNoFill(0.4)")
-    threshold = masked_input(pixels, cam, by_threshold, Draws(), grid=GRID)
+    threshold = masked_input(pixels, cam, by_threshold, MaskRandomness(), grid=GRID)
     assert threshold.pixels is None
     assert threshold.kept_tokens is not None
     assert threshold.key_mask is not None
-    shown = counterfactual(pixels, cam, by_threshold, Draws(), grid=GRID)
+    shown = counterfactual(pixels, cam, by_threshold, MaskRandomness(), grid=GRID)
     assert shown.images is pixels
     for tokens, hidden, mask in zip(threshold.kept_tokens, threshold.key_mask, shown.mask, strict=True):
         kept = (~mask).nonzero()[:, 0] + 1
         assert tokens[: len(kept) + 1].tolist() == [0, *kept.tolist()], "CLS, then the kept patches in their order"
         assert sorted(tokens.tolist()) == list(range(GRID * GRID + 1))
         assert hidden.tolist() == [i >= len(kept) for i in range(GRID * GRID)]
-    ranked = masked_input(pixels, cam, parse_strategy("ObjMaskNoFill(top=4)"), Draws(), grid=GRID)
+    ranked = masked_input(pixels, cam, parse_strategy("ObjMaskNoFill(top=4)"), MaskRandomness(), grid=GRID)
     assert ranked.key_mask is None
     assert ranked.kept_tokens is not None
     assert ranked.kept_tokens.shape == (COUNT, 6)
@@ -269,8 +269,8 @@ def test_draws_that_do_not_fit_the_strategy_are_refused(name: str, missing: str)
     strategy = parse_strategy(name)
     cam = relevance() if strategy.needs_cam else None
     for function in (masked_input, counterfactual):
-        with pytest.raises(ValueError, match=f"^draws: .* needs {missing}; use draw_masking"):
-            function(images(), cam, strategy, Draws(), grid=GRID)
+        with pytest.raises(ValueError, match=f"^draws: .* needs {missing}; use sample_mask_randomness"):
+            function(images(), cam, strategy, MaskRandomness(), grid=GRID)
 
 
 def test_bilinear_masks_pixels_by_interpolated_relevance() -> None:

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.batch import Batch
-from cammask_fast.masking import Draws
+from cammask_fast.data.types import Batch
+from cammask_fast.masking import MaskRandomness
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer
 from cammask_fast.optim import FlatAdamW
@@ -55,12 +55,12 @@ def on_meta(values: Sequence[Any]) -> Iterator[Any]:
     return (value.to(META) if isinstance(value, Tensor) else value for value in values)
 
 
-def shapes(config: TrainConfig) -> tuple[Classifier, Classifier, Batch, Draws | None]:
+def shapes(config: TrainConfig) -> tuple[Classifier, Classifier, Batch, MaskRandomness | None]:
     with META:
         student = Classifier(VisionTransformer(TINY), torch.zeros(3, TINY.output_dim))
     data = batch(8)
     draws = draws_for(config, data)
-    return student, student.frozen_copy(), Batch(*on_meta(data)), None if draws is None else Draws(*on_meta(draws))
+    return student, student.frozen_copy(), Batch(*on_meta(data)), None if draws is None else MaskRandomness(*on_meta(draws))
 
 
 @pytest.mark.parametrize("name", PRECISIONS)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from open_clip.model import CLIP
 
-from cammask_fast.data.texture_digits import draw
+from cammask_fast.data.datasets.texture_digits import sample_scenes
+from cammask_fast.demo.pretrain import PretrainConfig, pretrain, save_pretrained, web_split, zero_shot_accuracies
 from cammask_fast.model.files import read_safetensors
 from cammask_fast.model.tiny_clip import TEXT_CONFIG, build_tiny_clip, tokenizer
 from cammask_fast.model.zero_shot import load_tiny_clip, tiny_provenance
-from cammask_fast.pretrain import PretrainConfig, pretrain, save_pretrained, web_split, zero_shot_accuracies
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,7 +63,7 @@ def test_provenance_names_the_data_that_pretraining_draws() -> None:
     provenance = tiny_provenance()
     config = PretrainConfig(**provenance["config"])
     assert config == PretrainConfig(), "the defaults of `cammask pretrain` are the shipped run"
-    assert provenance["data"]["draws_sha256"] == draw(web_split(config)).digest()
+    assert provenance["data"]["draws_sha256"] == sample_scenes(web_split(config)).digest()
     assert provenance["command"].startswith("cammask pretrain")
 
 

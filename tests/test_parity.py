@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import parity
-from tests.parity_golden import Array, Golden, Quantity, read_arrays
+from tests.helpers import parity
+from tests.helpers.parity_golden import Array, Golden, Quantity, read_arrays
 
 GOLDEN = Path(__file__).parent / "golden"
 Computed = tuple[dict[str, Array], dict[str, Quantity], set[str]]
@@ -53,15 +53,15 @@ def test_every_committed_file_agrees(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("file", ["tiny-seed0", "tiny-seed0-grads-a", "tiny-seed0-grads-b"])
-@pytest.mark.parametrize("place", ["first", "last"])
-def test_one_wrong_value_in_any_checked_array_is_caught_by_name(computed: Computed, file: str, place: str) -> None:
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_one_wrong_value_in_any_checked_array_is_caught_by_name(computed: Computed, file: str, which: str) -> None:
     _, quantities, inputs = computed
     arrays = read_arrays(GOLDEN / f"{file}.npz")
     checked = arrays.keys() & quantities.keys()
     assert len(checked) >= (150 if file == "tiny-seed0" else 138)
     assert failures(arrays, quantities, inputs) == set()
     for name in checked:
-        wrong = corrupted(arrays[name], quantities[name], 0 if place == "first" else -1)
+        wrong = corrupted(arrays[name], quantities[name], 0 if which == "first" else -1)
         assert failures({name: wrong} | {n: a for n, a in arrays.items() if n != name}, quantities, inputs) == {name}
 
 

@@ -14,9 +14,19 @@ from PIL import Image
 
 from bench.records import ROOT
 from cammask_fast.cam.localisation import localisation, object_patches
+from cammask_fast.demo.report import (
+    BEGIN,
+    END,
+    accuracy_table,
+    claims,
+    mean_curves,
+    mean_std,
+    paired,
+    refresh_readme,
+    write_report,
+)
 from cammask_fast.distributed import BUCKET_BYTES
-from cammask_fast.pictures import GalleryRow, contact_sheet, gallery
-from cammask_fast.report import BEGIN, END, accuracy_table, claims, mean_curves, mean_std, paired, refresh_readme, write_report
+from cammask_fast.viz.plots import GalleryRow, contact_sheet, gallery
 
 
 def results(**headline: list[float]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from cammask_fast import run_folder
 from cammask_fast.checkpoint.training import read_checkpoint
 from cammask_fast.cli import main
-from tests.processes import assert_same_run, kill, last_step, logged, photo_folder, run, start, trainers, wait_for
+from cammask_fast.runtime import run_dir
+from tests.helpers.processes import assert_same_run, kill, last_step, logged, photo_folder, run, start, trainers, wait_for
 
 STEPS = 42
 OPTIONS = (
@@ -36,7 +36,7 @@ def train(photos: Path, out: Path, *options: object) -> list[object]:
 
 def writing(out: Path) -> bool:
     folder = out / "checkpoints"
-    return folder.is_dir() and any(place.name.endswith(".part") for place in folder.iterdir())
+    return folder.is_dir() and any(path.name.endswith(".part") for path in folder.iterdir())
 
 
 @pytest.mark.slow
@@ -103,14 +103,14 @@ class stopping:  # noqa: N801  (a context manager)
     def __enter__(self) -> None:
         from cammask_fast.state import TrainState
 
-        note: Callable[..., None] = TrainState.note
+        note: Callable[..., None] = TrainState.update
 
         def noted(state: TrainState, loss: torch.Tensor, finite: torch.Tensor) -> None:
             note(state, loss, finite)
             if (state.step + 1) % self.every == 0:
                 signal.raise_signal(signal.SIGTERM)
 
-        self.monkeypatch.setattr(TrainState, "note", noted)
+        self.monkeypatch.setattr(TrainState, "update", noted)
 
     def __exit__(self, *error: object) -> None:
         self.monkeypatch.undo()
@@ -130,7 +130,7 @@ def interrupted(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *optio
         (["--batch-size", "16", "--epochs", "2"], "batch_size 16 instead of 8, epochs 2 instead of 7"),
         (["--augment", "random-crop=0.5"], "augment ['random-crop=0.5'] instead of ['flip']"),
         (["--shots", "9"], "train_labels"),
-        (["--loader", "torch"], "loader PlainLoader instead of DaliLoader"),
+        (["--loader", "torch"], "loader TorchLoader instead of DaliLoader"),
     ],
 )
 def test_other_settings_are_refused(
@@ -154,10 +154,10 @@ def test_overwrite_replaces_the_old_run_once(
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert main([str(word) for word in train(photos, whole)]) == 0
     assert main([str(word) for word in train(photos, out, "--lr", "1e-5", "--epochs", 1)]) == 0
-    monkeypatch.setattr(run_folder, "launched", lambda: True)  # from here on this process is one that torchrun has started
+    monkeypatch.setattr(run_dir, "launched", lambda: True)  # from here on this process is one that torchrun has started
     interrupted(photos, out, monkeypatch, "--overwrite")
     assert not (out / "run.json").exists()
-    monkeypatch.setattr(run_folder, "launched", lambda: True)  # `interrupted` has undone it
+    monkeypatch.setattr(run_dir, "launched", lambda: True)  # `interrupted` has undone it
     capsys.readouterr()
     assert main([str(word) for word in train(photos, out, "--overwrite")]) == 0
     assert "going on from step 18 of 42" in capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_overwrite_replaces_the_old_run_once(
     for options in ([], ["--overwrite"]):
         assert main([str(word) for word in train(photos, out, *options)]) == 0, "a fault after the end leaves nothing to do"
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    monkeypatch.setattr(run_folder, "_born", lambda pid: "another torchrun with the same process number")
+    monkeypatch.setattr(run_dir, "_born", lambda pid: "another torchrun with the same process number")
     assert main([str(word) for word in train(photos, out)]) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert main([str(word) for word in train(photos, out, "--overwrite", "--epochs", 1)]) == 0
@@ -191,9 +191,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert main([str(word) for word in train(photos, whole, "--loader", "torch")]) == 0
     interrupted(photos, out, monkeypatch, "--loader", "torch")
-    places = sorted((out / "checkpoints").iterdir())
-    assert [place.name for place in places[-2:]] == ["step-00000016", "step-00000018"]
-    damaged(places[-1], damage, tmp_path)
+    paths = sorted((out / "checkpoints").iterdir())
+    assert [path.name for path in paths[-2:]] == ["step-00000016", "step-00000018"]
+    damaged(paths[-1], damage, tmp_path)
     capsys.readouterr()
     assert main([str(word) for word in train(photos, out, "--loader", "torch")]) == 0
     said = capsys.readouterr().err
@@ -203,8 +203,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert_same_run(out, whole)
 
 
-def damaged(place: Path, damage: str, folder: Path) -> None:
-    tensors, state = place / "tensors.safetensors", place / "state.json"
+def damaged(path: Path, damage: str, folder: Path) -> None:
+    tensors, state = path / "tensors.safetensors", path / "state.json"
     data = bytearray(tensors.read_bytes())
     if damage == "cut":
         tensors.write_bytes(data[: len(data) // 2])
@@ -224,36 +224,36 @@ def damaged(place: Path, damage: str, folder: Path) -> None:
                 return os.mkdir, (str(folder / "ran"),)
 
         tensors.write_bytes(pickle.dumps(Evil()))
-        torch.save(Evil(), place / "weights.pt")
+        torch.save(Evil(), path / "weights.pt")
 
 
 def test_no_pickle_is_ever_loaded(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = tmp_path / "evil"
-    place.mkdir()
-    (place / "state.json").write_text("{}")
-    (place / "tensors.safetensors").touch()
-    damaged(place, "pickle", tmp_path)
-    pickled = place / "weights.pt"
+    path = tmp_path / "evil"
+    path.mkdir()
+    (path / "state.json").write_text("{}")
+    (path / "tensors.safetensors").touch()
+    damaged(path, "pickle", tmp_path)
+    pickled = path / "weights.pt"
     for argv in (
         ["evaluate", "--checkpoint", pickled, "--data", photos],
-        ["evaluate", "--checkpoint", place / "tensors.safetensors", "--data", photos],
+        ["evaluate", "--checkpoint", path / "tensors.safetensors", "--data", photos],
         ["train", "--data", photos, "--pretrained", pickled, "--out", tmp_path / "out"],
-        ["zeroshot", "--data", photos, "--pretrained", place / "tensors.safetensors"],
+        ["zeroshot", "--data", photos, "--pretrained", path / "tensors.safetensors"],
     ):
         assert main([str(word) for word in argv]) == 2
         assert capsys.readouterr().err.startswith("cammask: error: ")
     with pytest.raises(ValueError, match="is damaged"):
-        read_checkpoint(place)
+        read_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_the_newest_and_the_best_checkpoint_stay(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main([str(word) for word in train(photos, out, "--keep", "2", "--save-every", "4")]) == 0
-    places = sorted((out / "checkpoints").iterdir())
-    best = json.loads((places[-1] / "state.json").read_text())["state"]["best_step"]
+    paths = sorted((out / "checkpoints").iterdir())
+    best = json.loads((paths[-1] / "state.json").read_text())["state"]["best_step"]
     names = {f"step-{step:08d}" for step in {best, 40, 42}}
-    assert {place.name for place in places} == names
-    found = read_checkpoint(places[-1])
-    assert found.saved.rest["step"] == STEPS == last_step(out)
+    assert {path.name for path in paths} == names
+    found = read_checkpoint(paths[-1])
+    assert found.saved.metadata["step"] == STEPS == last_step(out)
     assert len(logged(out)) == STEPS

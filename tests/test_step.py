@@ -14,13 +14,13 @@ from torch.func import functional_call
 from cammask_fast import step as step_module
 from cammask_fast.cam import cls_rollout, grad_cam, mm_cam
 from cammask_fast.config import OptimConfig, TrainConfig
-from cammask_fast.data.batch import ArrayLoader, Batch
+from cammask_fast.data.types import ArrayLoader, Batch
 from cammask_fast.kernels.masked_fill import normalise
-from cammask_fast.masking import Draws, counterfactual
+from cammask_fast.masking import MaskRandomness, counterfactual
 from cammask_fast.model.classifier import Classifier, compute_weights, keeps_precision
 from cammask_fast.model.vit import Taps, VisionTransformer, ViTConfig
 from cammask_fast.state import TrainState
-from cammask_fast.step import build_step, build_strategy, draw_for_step
+from cammask_fast.step import build_step, build_strategy, sample_step_randomness
 from cammask_fast.train import NonFiniteLoss, fine_tune
 
 TINY = ViTConfig(image_size=12, patch_size=3, width=16, layers=3, heads=2, output_dim=6)
@@ -75,11 +75,13 @@ def batch(count: int = 4) -> Batch:
     return Batch(images, torch.randint(0, 3, (count,), generator=generator), torch.arange(count))
 
 
-def draws_for(config: TrainConfig, data: Batch) -> Draws | None:
-    return draw_for_step(build_strategy(config), data, TINY.patches, torch.Generator().manual_seed(5))
+def draws_for(config: TrainConfig, data: Batch) -> MaskRandomness | None:
+    return sample_step_randomness(build_strategy(config), data, TINY.patches, torch.Generator().manual_seed(5))
 
 
-def written_out(student: Classifier, teacher: Classifier, config: TrainConfig, data: Batch, draws: Draws | None) -> Tensor:
+def written_out(
+    student: Classifier, teacher: Classifier, config: TrainConfig, data: Batch, draws: MaskRandomness | None
+) -> Tensor:
     """w_task * CE + w_distill * D as METHOD states it: separate forwards for the CAM, the task and the distillation."""
     images, strategy = data.images.permute(0, 3, 1, 2).double() / 255, build_strategy(config)
     clean = normalise(images, dtype=torch.float64)
@@ -298,15 +300,15 @@ def test_steps_in_bf16_use_the_same_memory_and_forget_the_step_before() -> None:
     config, data, (student, teacher) = IN_BF16["masked-object"], batch(), single_pair()
     step, draws = build_step(student, teacher, config), draws_for(config, data)
     step(data, draws)
-    once, places = gradients_in(student), {n: p.grad.data_ptr() for n, p in student.named_parameters() if p.grad is not None}
+    once, addresses = gradients_in(student), {n: p.grad.data_ptr() for n, p in student.named_parameters() if p.grad is not None}
     step(data, draws)
     assert wrong_gradients(student, {name: 2 * g for name, g in once.items()}, tolerance=1e-6) == {}
     student.zero_grad(set_to_none=True)
     step(data, draws)
     assert wrong_gradients(student, once, tolerance=0) == {}
-    cast = [name for name in places if not keeps_precision(name)]
+    cast = [name for name in addresses if not keeps_precision(name)]
     assert len(cast) > 20
-    assert {n: student.get_parameter(n).grad.data_ptr() for n in cast} == {n: places[n] for n in cast}  # type: ignore[union-attr]
+    assert {n: student.get_parameter(n).grad.data_ptr() for n in cast} == {n: addresses[n] for n in cast}  # type: ignore[union-attr]
 
 
 def test_steps_in_bf16_see_weights_that_moved() -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cammask_fast.config import OptimConfig, TrainConfig
-from cammask_fast.data.batch import Batch
+from cammask_fast.data.types import Batch
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.state import TrainState
-from cammask_fast.step import Losses, build_strategy, build_train_step, draw_for_step
+from cammask_fast.step import Losses, build_strategy, build_train_step, sample_step_randomness
 
 pytestmark = [pytest.mark.triton, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 VIT = ViTConfig(image_size=64, patch_size=16, width=128, layers=3, heads=2, output_dim=32)
@@ -36,7 +36,7 @@ def losses(config: TrainConfig, *, compiled: bool) -> list[Losses]:
     for number in range(STEPS):
         torch.cuda.set_sync_debug_mode("error" if number >= QUIET_FROM else "default")
         try:
-            found.append(step([(data, draw_for_step(strategy, data, VIT.patches, state.generator))]))
+            found.append(step([(data, sample_step_randomness(strategy, data, VIT.patches, state.generator))]))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return [Losses(*(part.clone() for part in one)) for one in found]

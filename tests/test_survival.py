@@ -23,16 +23,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cammask_fast import run_folder
 from cammask_fast import train as train_module
 from cammask_fast.checkpoint import Checkpoints, training
 from cammask_fast.cli import main
 from cammask_fast.commands.training import out_of_memory
 from cammask_fast.config import TrainConfig
 from cammask_fast.distributed import World
-from cammask_fast.run_folder import RunLock
-from cammask_fast.state import Saved, TrainState
-from tests.processes import command, kill, last_step, logged, photo_folder, start, wait_for
+from cammask_fast.runtime import run_dir
+from cammask_fast.runtime.run_dir import RunLock
+from cammask_fast.state import Snapshot, TrainState
+from tests.helpers.processes import command, kill, last_step, logged, photo_folder, start, wait_for
 
 OPTIONS = ("--epochs", 2, "--batch-size", 8, "--loader", "torch", "--workers", 0, "--log-every", 1, "--save-every", 3)
 STEPS = 12
@@ -93,7 +93,7 @@ def test_a_file_size_limit_in_a_real_process(photos: Path, tmp_path: Path) -> No
 
 def test_a_log_that_cannot_be_written_is_said_once_and_caught_up(tmp_path: Path) -> None:
     said: list[str] = []
-    log = run_folder.RunLog(tmp_path, warn=said.append)
+    log = run_dir.RunLog(tmp_path, warn=said.append)
     log.path.mkdir()
     for step in (1, 2):
         log.write({"step": step})
@@ -105,13 +105,13 @@ def test_a_log_that_cannot_be_written_is_said_once_and_caught_up(tmp_path: Path)
     assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4]
     with log.path.open("a") as file:
         file.write('{"step": 5, "lo')  # a kill
-    log.cut(2)
+    log.truncate_after(2)
     assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_no_half_lines_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    log = run_folder.RunLog(tmp_path, warn=said.append)
+    log = run_dir.RunLog(tmp_path, warn=said.append)
     log.write({"step": 1})
     opened = Path.open
 
@@ -139,10 +139,10 @@ def test_saving_copies_and_waits_for_the_one_before(tmp_path: Path) -> None:
     keeper = Checkpoints(tmp_path, {}, keep=3, warn=print)
     weights = torch.zeros(3)
     for step in range(4):
-        keeper.save(Saved({"w": weights}, {"step": step, "best_step": 0}))
+        keeper.save(Snapshot({"w": weights}, {"step": step, "best_step": 0}))
         weights += 1
     keeper.wait()
-    assert [training.read_checkpoint(place).saved.tensors["w"].tolist() for place in keeper.places()] == [
+    assert [training.read_checkpoint(path).saved.tensors["w"].tolist() for path in keeper.folders()] == [
         [float(step)] * 3 for step in (0, 1, 2, 3)
     ], "the best, 0, stays beside the newest three"
     assert len(keeper.stalls) == 4
@@ -157,11 +157,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(compiled: bool
 
     config = replace(SHORT, compile="default" if compiled else "off", method="ft-fd", masking="", max_skipped=3)  # in a row
     seen: list[list[float]] = []
-    look = TrainState.look
+    look = TrainState.read_and_reset
 
     def spoiled() -> Any:
         loader = dataset()
-        original = train_module._parts
+        original = train_module.split_microbatches
 
         def parts(batch: Any, config: TrainConfig, state: TrainState, world: World) -> Any:
             if state.step in (0, 2, 3):
@@ -172,8 +172,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(compiled: bool
 
     loader, parts = spoiled()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "_parts", parts)
-        patch.setattr(TrainState, "look", lambda state: seen.append(state.tally.tolist()) or look(state))  # type: ignore[func-returns-value]
+        patch.setattr(train_module, "split_microbatches", parts)
+        patch.setattr(TrainState, "read_and_reset", lambda state: seen.append(state.tally.tolist()) or look(state))  # type: ignore[func-returns-value]
         result = train_module.fine_tune(classifier(dtype=torch.float32), loader, None, config, log_every=1)
     assert result.skipped == 3
     assert [tally[2:] for tally in seen[:6]] == [[1, 1], [0, 1], [1, 2], [2, 3], [0, 3], [0, 3]]
@@ -221,7 +221,7 @@ def test_out_of_memory_is_one_line(
     def full(*given: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(train_module, "_parts", full)
+    monkeypatch.setattr(train_module, "split_microbatches", full)
     assert main(train(photos, tmp_path / "run")) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
@@ -248,7 +248,7 @@ def test_a_second_run_in_the_same_folder_is_refused(photos: Path, tmp_path: Path
 
 
 def test_locks_of_the_dead_and_of_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "STALE", 0.3)
+    monkeypatch.setattr(run_dir, "STALE", 0.3)
     lock = tmp_path / "lock"
     (tmp_path / "other").touch()
     for stale in (
@@ -261,7 +261,7 @@ def test_locks_of_the_dead_and_of_other_machines(tmp_path: Path, monkeypatch: py
         with RunLock(tmp_path):
             assert json.loads(lock.read_text())["pid"] == os.getpid()
         lock.write_text("")
-    alive = {"host": socket.gethostname(), "pid": os.getppid(), "born": run_folder._born(os.getppid())}
+    alive = {"host": socket.gethostname(), "pid": os.getppid(), "born": run_dir._born(os.getppid())}
     lock.write_text(json.dumps(alive))
     with pytest.raises(ValueError, match=f"process {os.getppid()} on "), RunLock(tmp_path):
         pass
@@ -284,7 +284,7 @@ def test_the_kernel_keeps_out_whom_the_file_does_not_name(tmp_path: Path) -> Non
 
 
 def test_a_lock_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(run_dir, "HEARTBEAT", 0.05)
     (tmp_path / "other").touch()
     with RunLock(tmp_path):
         os.utime(tmp_path / "lock", (1, 1))
@@ -309,15 +309,15 @@ def test_a_signal_to_the_whole_group_saves_first(photos: Path, tmp_path: Path, n
     assert process.returncode == 75, said
     assert re.search(r"stopped at step \d+ of 3000, saved; start again with the same command to go on$", said.strip())
     assert "Traceback" not in said
-    (place,) = (out / "checkpoints").iterdir()
-    assert training.read_checkpoint(place).saved.rest["step"] == last_step(out)
+    (path,) = (out / "checkpoints").iterdir()
+    assert training.read_checkpoint(path).saved.metadata["step"] == last_step(out)
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     code = (
-        "import time; from cammask_fast.interruption import StopSignal\n"
-        "with StopSignal() as stop:\n    print('ready', flush=True)\n    time.sleep(60)\n    time.sleep(60)"
+        "import time; from cammask_fast.runtime.signals import GracefulShutdown\n"
+        "with GracefulShutdown() as stop:\n    print('ready', flush=True)\n    time.sleep(60)\n    time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -333,7 +333,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_dead_loader_process_ends_the_run_with_the_cause(photos: Path, tmp_path: Path) -> None:
-    from tests.processes import children
+    from tests.helpers.processes import children
 
     out, log = tmp_path / "run", tmp_path / "log.txt"
     process = start(train(photos, out, "--epochs", 500, "--workers", 2), log=log)

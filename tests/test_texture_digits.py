@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cammask_fast.data.batch import ArrayLoader
-from cammask_fast.data.benchmark import CORRELATION, OUTLINED, evaluation_specifications, training_splits
-from cammask_fast.data.texture_digits import (
+from cammask_fast.data.datasets.texture_digits import (
     BACKGROUNDS,
     CLASS_NAMES,
     DOWNSTREAM_BACKGROUNDS,
@@ -18,11 +16,13 @@ from cammask_fast.data.texture_digits import (
     Split,
     captions,
     digit_scans,
-    draw,
     render,
+    sample_scenes,
     scans_of,
     stroke_coverage,
 )
+from cammask_fast.data.datasets.texture_digits_splits import CORRELATION, OUTLINED, evaluation_specifications, training_splits
+from cammask_fast.data.types import ArrayLoader
 
 GOLDEN = Split(name="golden", images=64, seed=3, scans="test", placement="grouped", correlation=0.9, outlined=0.5, sketched=0.2)
 NAMES = list(BACKGROUNDS)
@@ -96,11 +96,11 @@ def specification(**changes: object) -> Split:
 
 
 def test_the_draws_are_the_same_on_every_machine() -> None:
-    assert draw(GOLDEN).digest() == "9ad73598fbe75fc28dd5d6d48750b82e177cc8f4b2bb0a4d91d2e096c2832efb"
+    assert sample_scenes(GOLDEN).digest() == "9ad73598fbe75fc28dd5d6d48750b82e177cc8f4b2bb0a4d91d2e096c2832efb"
 
 
 def test_pixels_are_the_recorded_ones_within_rounding() -> None:
-    images = render(draw(GOLDEN)[slice(0, 4)])
+    images = render(sample_scenes(GOLDEN)[slice(0, 4)])
     sums = images.to(torch.int64).sum(dim=(1, 2, 3)).tolist()
     probes = images[:, 5::19, 7::19].reshape(4, -1).tolist()
     assert sums == pytest.approx(SUMS, abs=images[0].numel() / 50)
@@ -109,13 +109,13 @@ def test_pixels_are_the_recorded_ones_within_rounding() -> None:
 
 def test_other_seeds_and_names_give_other_draws() -> None:
     base = specification()
-    digests = {draw(s).digest() for s in (base, replace(base, seed=2), replace(base, name="u"))}
+    digests = {sample_scenes(s).digest() for s in (base, replace(base, seed=2), replace(base, name="u"))}
     assert len(digests) == 3
-    assert draw(base).digest() == draw(base).digest()
+    assert sample_scenes(base).digest() == sample_scenes(base).digest()
 
 
 def test_a_chunk_renders_like_the_whole() -> None:
-    scenes = draw(specification(images=300, outlined=0.5, sketched=0.3))
+    scenes = sample_scenes(specification(images=300, outlined=0.5, sketched=0.3))
     assert torch.equal(render(scenes)[256:], render(scenes[slice(256, 300)]))
 
 
@@ -128,19 +128,19 @@ def test_digit_scans_are_disjoint_and_complete() -> None:
 
 
 def test_scans_show_their_label_and_stay_in_their_share() -> None:
-    scenes = draw(specification(scans="val"))
+    scenes = sample_scenes(specification(scans="val"))
     assert (digit_scans()[1][scenes.scans] == scenes.labels).all()
     allowed = set(np.concatenate([scans_of("val", label) for label in range(10)]).tolist())
     assert set(scenes.scans.tolist()) <= allowed
 
 
 def test_labels_are_balanced() -> None:
-    assert np.bincount(draw(specification()).labels).tolist() == [40] * 10
+    assert np.bincount(sample_scenes(specification()).labels).tolist() == [40] * 10
 
 
 @pytest.mark.parametrize(("placement", "own"), [("grouped", 0.9), ("flipped", 0.0)])
 def test_backgrounds_follow_the_group(placement: str, own: float) -> None:
-    scenes = draw(specification(images=4000, placement=placement, correlation=0.9))
+    scenes = sample_scenes(specification(images=4000, placement=placement, correlation=0.9))
     chosen = np.array(NAMES)[scenes.backgrounds]
     expected = np.array(DOWNSTREAM_BACKGROUNDS)[(scenes.labels >= 5).astype(int)]
     assert set(chosen) <= set(DOWNSTREAM_BACKGROUNDS)
@@ -148,25 +148,25 @@ def test_backgrounds_follow_the_group(placement: str, own: float) -> None:
 
 
 def test_unseen_backgrounds_are_never_the_downstream_ones() -> None:
-    chosen = {NAMES[i] for i in draw(specification(placement="unseen")).backgrounds}
+    chosen = {NAMES[i] for i in sample_scenes(specification(placement="unseen")).backgrounds}
     assert chosen == set(NAMES) - set(DOWNSTREAM_BACKGROUNDS)
 
 
 def test_styles_change_the_pixels_they_should() -> None:
     plain = specification(images=40)
-    images = render(draw(plain)).float()
-    corrupted = render(draw(replace(plain, corrupted=True))).float()
-    sketched = render(draw(replace(plain, sketched=1.0))).float()
-    outlined = render(draw(replace(plain, outlined=1.0))).float()
+    images = render(sample_scenes(plain)).float()
+    corrupted = render(sample_scenes(replace(plain, corrupted=True))).float()
+    sketched = render(sample_scenes(replace(plain, sketched=1.0))).float()
+    outlined = render(sample_scenes(replace(plain, outlined=1.0))).float()
     assert 10 < (images - corrupted).abs().mean() < 60
     assert (sketched.std(-1) < 1).all(), "a sketch is grey"
-    inside = stroke_coverage(draw(plain)) > 0.5
+    inside = stroke_coverage(sample_scenes(plain)) > 0.5
     assert (images - outlined).abs().mean(-1)[inside].mean() > 15
-    assert (images - outlined).abs().mean(-1)[stroke_coverage(draw(plain)) == 0].mean() < 15
+    assert (images - outlined).abs().mean(-1)[stroke_coverage(sample_scenes(plain)) == 0].mean() < 15
 
 
 def test_stroke_coverage_lies_inside_the_image_at_the_drawn_height() -> None:
-    scenes = draw(specification(images=200))
+    scenes = sample_scenes(specification(images=200))
     coverage = stroke_coverage(scenes)
     assert coverage.shape == (200, 48, 48)
     rows = (coverage > 0.5).any(2).sum(1).float()
@@ -175,7 +175,7 @@ def test_stroke_coverage_lies_inside_the_image_at_the_drawn_height() -> None:
 
 
 def test_captions_name_the_digit() -> None:
-    scenes = draw(specification(sketched=0.2))
+    scenes = sample_scenes(specification(sketched=0.2))
     for label, caption in zip(scenes.labels, captions(scenes), strict=True):
         assert CLASS_NAMES[label] in caption
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cammask_fast.data.workers import Flag, alive, read_ahead
+from cammask_fast.data.loaders.workers import Flag, iter_with_worker_check, read_ahead
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,9 @@ from cammask_fast.data.workers import Flag, alive, read_ahead
 )
 def test_a_worker_killed_at_any_moment_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it hands a batch over its end is that of a connection, before PyTorch knows of it."""
-    monkeypatch.setattr("cammask_fast.data.workers.SIGNAL_WITHIN", 0.0)
+    monkeypatch.setattr("cammask_fast.data.loaders.workers.SIGNAL_WITHIN", 0.0)
     with pytest.raises(ValueError, match=r"process that reads images was killed \(.+\): .*--workers"):
-        list(alive(Failing(error)))  # type: ignore[arg-type]
+        list(iter_with_worker_check(Failing(error)))  # type: ignore[arg-type]
 
 
 def test_the_signal_of_a_workers_end_is_awaited() -> None:
@@ -42,7 +42,7 @@ def test_the_signal_of_a_workers_end_is_awaited() -> None:
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(ValueError, match=r"was killed \(DataLoader worker \(pid 7\)"):
-            list(alive(Failing(EOFError())))  # type: ignore[arg-type]
+            list(iter_with_worker_check(Failing(EOFError())))  # type: ignore[arg-type]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -50,10 +50,10 @@ def test_the_signal_of_a_workers_end_is_awaited() -> None:
 
 @pytest.mark.parametrize("kind", [RuntimeError, ConnectionResetError, EOFError, KeyError])
 def test_a_worker_that_lives_passes_its_own_error_on(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cammask_fast.data.workers.SIGNAL_WITHIN", 0.0)
+    monkeypatch.setattr("cammask_fast.data.loaders.workers.SIGNAL_WITHIN", 0.0)
     error = kind(f"Caught {kind.__name__} in DataLoader worker process 0.\nOriginal Traceback")
     with pytest.raises(kind, match=r"Caught .* worker process 0\."):
-        list(alive(Failing(error)))  # type: ignore[arg-type]
+        list(iter_with_worker_check(Failing(error)))  # type: ignore[arg-type]
 
 
 class Failing:
@@ -70,20 +70,20 @@ class Failing:
 class Collecting(torch.utils.data.Dataset[int]):
     """Runs the garbage collector where it is read."""
 
-    def __getitem__(self, place: int) -> int:
+    def __getitem__(self, index: int) -> int:
         gc.collect()
-        return place
+        return index
 
 
 class Doubling(torch.utils.data.Dataset[int]):
-    def __getitem__(self, place: int) -> int:
-        return 2 * place
+    def __getitem__(self, index: int) -> int:
+        return 2 * index
 
 
 def test_a_killed_worker_takes_no_lock_along() -> None:
     """The event that ends the workers has none, and they see it."""
     loader = read_ahead(Doubling(), [0, 1], workers=1)
-    assert list(alive(loader)) == [0, 2]
+    assert list(iter_with_worker_check(loader)) == [0, 2]
     workers: Any = loader._iterator
     event, processes = workers._workers_done_event, workers._workers
     assert isinstance(event, Flag)
@@ -107,7 +107,7 @@ def test_a_worker_does_not_finalise_what_it_inherits(tmp_path: Path) -> None:
     try:
         Owner()
         loader = read_ahead(Collecting(), [0, 1], workers=1)
-        assert list(alive(loader)) == list(alive(loader)) == [0, 1]
+        assert list(iter_with_worker_check(loader)) == list(iter_with_worker_check(loader)) == [0, 1]
         assert not list(tmp_path.iterdir())
     finally:
         gc.enable()

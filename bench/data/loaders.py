@@ -24,12 +24,12 @@ from torchvision.transforms import v2
 
 from bench.data.photographs import generate
 from bench.records import cpu_environment, markdown_table, show, spread
-from cammask_fast.data.bad_samples import BadSamples
-from cammask_fast.data.batch import ImageSource
-from cammask_fast.data.dali_loader import DaliLoader, dali_installed
-from cammask_fast.data.decode import Transform, opened, to_pixels, to_rgb
-from cammask_fast.data.folder import scan
-from cammask_fast.data.plain_loader import PlainLoader
+from cammask_fast.data.datasets.image_folder import scan
+from cammask_fast.data.loaders.dali_loader import DaliLoader, dali_installed
+from cammask_fast.data.loaders.torch_loader import TorchLoader
+from cammask_fast.data.loaders.unreadable import UnreadableSamples
+from cammask_fast.data.transforms import Transform, opened, to_pixels, to_rgb
+from cammask_fast.data.types import ImageSource
 
 SIZE = 224
 BATCH = 64
@@ -69,8 +69,8 @@ def epochs(root: Path, source: ImageSource, workers: int, report: Path) -> dict[
     times = -(-LEAST_IMAGES // len(source))
     repeated = source.subset(torch.arange(len(source)).repeat(times))
 
-    def ours(kind: type[PlainLoader | DaliLoader]) -> Epoch:
-        bad = BadSamples(source.where, len(repeated), report=report)
+    def ours(kind: type[TorchLoader | DaliLoader]) -> Epoch:
+        bad = UnreadableSamples(source.where, len(repeated), report=report)
         loader = kind(repeated, Transform(size=SIZE), batch_size=BATCH, workers=workers, bad=bad)
         return lambda: (batch.images for batch in loader)
 
@@ -81,7 +81,7 @@ def epochs(root: Path, source: ImageSource, workers: int, report: Path) -> dict[
         Subset(TorchvisionFolder(str(root), transform), list(range(len(source))) * times),
         batch_size=BATCH, num_workers=workers, persistent_workers=True,
     )  # fmt: skip
-    found: dict[str, Epoch] = {"torchvision": lambda: (images for images, _ in theirs), "torch": ours(PlainLoader)}
+    found: dict[str, Epoch] = {"torchvision": lambda: (images for images, _ in theirs), "torch": ours(TorchLoader)}
     return ({"dali": ours(DaliLoader)} if dali_installed() else {}) | found
 
 

@@ -16,14 +16,14 @@ from bench.data.photographs import generate
 from bench.records import append, gpu_environment
 from bench.step.race import ARCHS, models, random_batch
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.bad_samples import BadSamples
-from cammask_fast.data.batch import Batch, ImageSource
-from cammask_fast.data.dali_loader import DaliLoader
-from cammask_fast.data.decode import Transform
-from cammask_fast.data.folder import scan
-from cammask_fast.metrics import DataWait
+from cammask_fast.data.datasets.image_folder import scan
+from cammask_fast.data.loaders.dali_loader import DaliLoader
+from cammask_fast.data.loaders.unreadable import UnreadableSamples
+from cammask_fast.data.transforms import Transform
+from cammask_fast.data.types import Batch, ImageSource
+from cammask_fast.progress import DataWait
 from cammask_fast.state import TrainState
-from cammask_fast.step import build_strategy, build_train_step, draw_for_step
+from cammask_fast.step import build_strategy, build_train_step, sample_step_randomness
 
 FILES, BATCH, SIZE = 512, 512, 224
 SHARES = (0.75, 0.0, 0.5, 1.0)
@@ -48,7 +48,7 @@ def open_loader(source: ImageSource, folder: Path, share: float) -> DaliLoader:
     workers = min(16, os.cpu_count() or 1)
     return DaliLoader(
         source, Transform(size=SIZE), batch_size=BATCH, shuffle=True, workers=workers, device="cuda",
-        bad=BadSamples(source.where, len(source), report=folder / "bad.tsv"), hardware_share=share,
+        bad=UnreadableSamples(source.where, len(source), report=folder / "bad.tsv"), hardware_share=share,
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def measure(case: Case, source: ImageSource, folder: Path) -> dict[str, Any]:
     from_files = wait.over(batches)
 
     def run(batch: Batch) -> None:
-        step([(batch, draw_for_step(strategy, batch, vit.patches, state.generator))])
+        step([(batch, sample_step_randomness(strategy, batch, vit.patches, state.generator))])
 
     resident = random_batch(vit, BATCH, "cuda")
     alone = rate(lambda: run(resident))

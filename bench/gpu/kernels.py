@@ -26,7 +26,7 @@ from cammask_fast.kernels.reference.cls_relevance import cls_relevance as refere
 from cammask_fast.kernels.reference.masked_fill import counterfactual_batch as reference_counterfactual_batch
 from cammask_fast.kernels.reference.masked_fill import normalise as reference_normalise
 from cammask_fast.kernels.reference.masked_fill import normalised_fill
-from cammask_fast.kernels.reference.patch_select import Selection
+from cammask_fast.kernels.reference.patch_select import PatchSelection
 from cammask_fast.kernels.reference.patch_select import patch_select as reference_patch_select
 
 SECONDS = 480.0
@@ -160,7 +160,7 @@ def _relevance(length: int, heads: int, batch: int, rows: int, generator: torch.
 
 
 def _selection(relevance: Tensor, top_k: int) -> Work:
-    def tensors(selection: Selection) -> tuple[Tensor, ...]:
+    def tensors(selection: PatchSelection) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in selection if tensor is not None)
 
     batch, patches = relevance.shape

@@ -17,7 +17,7 @@ from bench.step.ablations import ABLATIONS
 from bench.step.matrix_rate import matrix_product
 from bench.step.race import COMPILED, Race, counted, optimiser_step, split, trained_bytes
 from cammask_fast.config import TrainConfig
-from cammask_fast.precision import resolve, use_matrix_units
+from cammask_fast.precision import resolve, set_matmul_precision
 
 BATCHES = (512, 256, 128, 64)
 PROVIDERS = ("ours-compiled", "authors", "authors-compiled", "ours-eager")
@@ -31,7 +31,7 @@ def measure(race: Race, provider: str) -> dict[str, Any]:
     """Seconds, memory and compile time of one provider. After the warm-up, a synchronisation inside our compiled step is an
     error. activation_mb: the peak beyond the gradients and what is held between steps (weights, eagerly also in the type of the
     products, optimiser state, batch)."""
-    use_matrix_units(resolve(race.config.precision, race.device))
+    set_matmul_precision(resolve(race.config.precision, race.device))
     rate = _matmul_rate(race.precision_of(provider))
     torch._dynamo.reset()
     run, times = optimiser_step(race, provider), []

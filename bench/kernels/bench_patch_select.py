@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cammask_fast.kernels.backend import set_backend
 from cammask_fast.kernels.patch_select import patch_select
-from cammask_fast.kernels.reference import Selection
+from cammask_fast.kernels.reference import PatchSelection
 from cammask_fast.kernels.reference import patch_select as reference_patch_select
 
 PATCHES = {"ViT-B/32": 49, "ViT-B/16": 196, "ViT-L/14": 256}
@@ -29,22 +29,22 @@ def maps(count: int, patches: int, device: str) -> Tensor:
     return relevance.clamp_min_(0).to(device)
 
 
-def select_op_by_op(relevance: Tensor, top_k: int) -> Selection:
+def select_op_by_op(relevance: Tensor, top_k: int) -> PatchSelection:
     """Object mask of the top_k patches and the kept tokens: one stable sort of the map, a scatter, and a sort of the rest."""
     normalised = relevance / (relevance.amax(1, keepdim=True) + 1e-8)
     order = torch.argsort(normalised, dim=1, descending=True, stable=True)
     mask = torch.zeros_like(normalised, dtype=torch.bool).scatter(1, order[:, :top_k], True)
     kept = torch.sort(order[:, top_k:], dim=1).values + 1
-    return Selection(normalised, mask, mask.sum(1), torch.cat([torch.zeros_like(kept[:, :1]), kept], 1))
+    return PatchSelection(normalised, mask, mask.sum(1), torch.cat([torch.zeros_like(kept[:, :1]), kept], 1))
 
 
-def moved_bytes(selection: Selection) -> int:
+def moved_bytes(selection: PatchSelection) -> int:
     """The floor: the map read once, every output written once."""
     written = sum(output.numel() * output.itemsize for output in selection if output is not None)
     return selection.normalised.numel() * 4 + written
 
 
-def check(ours: Selection, expected: Selection) -> None:
+def check(ours: PatchSelection, expected: PatchSelection) -> None:
     """Bit for bit, every output."""
     for mine, theirs in zip(ours, expected, strict=True):
         assert (mine is None) == (theirs is None)
@@ -52,7 +52,7 @@ def check(ours: Selection, expected: Selection) -> None:
             assert torch.equal(mine, theirs)
 
 
-def measure(benchmark: Any, function: Callable[[], Selection]) -> None:
+def measure(benchmark: Any, function: Callable[[], PatchSelection]) -> None:
     """Time `function` after a warm-up, waiting for the GPU where there is one; achieved GB/s goes into the record."""
 
     def waiting() -> None:
@@ -91,7 +91,7 @@ def triton_backend() -> Iterator[None]:
 def test_patch_select(benchmark: Any, arch: str, count: int, provider: str, by: str) -> None:
     relevance = maps(count, PATCHES[arch], "cuda")
     options: dict[str, Any] = {"threshold": 0.3} if by == "threshold" else {"top_k": PATCHES[arch] // 2}
-    functions: dict[str, Callable[[], Selection]] = {
+    functions: dict[str, Callable[[], PatchSelection]] = {
         "triton": lambda: patch_select(relevance, **options),
         "reference": lambda: reference_patch_select(relevance, **options),
         "compiled": torch.compile(lambda: reference_patch_select(relevance, **options)),
@@ -106,7 +106,7 @@ def test_patch_select(benchmark: Any, arch: str, count: int, provider: str, by: 
 @pytest.mark.usefixtures("threads")
 def test_patch_select_on_a_cpu(benchmark: Any, patches: int, provider: str) -> None:
     relevance = maps(64, patches, "cpu")
-    functions: dict[str, Callable[[], Selection]] = {
+    functions: dict[str, Callable[[], PatchSelection]] = {
         "reference": lambda: patch_select(relevance, top_k=patches // 2),
         "op-by-op": lambda: select_op_by_op(relevance, patches // 2),
     }

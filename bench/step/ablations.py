@@ -15,14 +15,14 @@ from torch import Tensor
 from bench.step import authors
 from cammask_fast.cam import class_score, cls_rollout
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.batch import Batch
+from cammask_fast.data.types import Batch
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.losses import feature_distillation
-from cammask_fast.masking import Draws, masked_input
+from cammask_fast.masking import MaskRandomness, masked_input
 from cammask_fast.model.classifier import Classifier, Prediction
 from cammask_fast.model.vit import Block, Taps
-from cammask_fast.precision import product_dtype
+from cammask_fast.precision import compute_dtype
 from cammask_fast.step import Losses, build_strategy
 
 
@@ -111,7 +111,7 @@ def build_ablated_step(student: Classifier, teacher: Classifier, config: TrainCo
         raise ValueError("ablations: expected a feature distillation with an object or context mask")
     if strategy.fill == "none" and strategy.threshold is not None:
         raise ValueError("ablations: no-fill by threshold has none")
-    if product_dtype(config.precision, student.head.weight) != student.head.weight.dtype:
+    if compute_dtype(config.precision, student.head.weight) != student.head.weight.dtype:
         raise ValueError("ablations: products are in the type of the weights; use --precision fp32 or tf32")
 
     def relevance(images: Tensor, labels: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def build_ablated_step(student: Classifier, teacher: Classifier, config: TrainCo
                 rollout = rollout + (kept * gradient).clamp(min=0).mean(1) @ rollout
             return rollout[:, 0, 1:].contiguous(), logits
 
-    def shown(images: Tensor, cam: Tensor, draws: Draws, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+    def shown(images: Tensor, cam: Tensor, draws: MaskRandomness, patches: Tensor) -> tuple[Tensor, Tensor | None]:
         if switches.fused_fill or strategy.fill == "none":
             masked = masked_input(images, cam, strategy, draws, grid=vit.grid, dtype=patches.dtype, layout="patches")
             return patches if masked.pixels is None else masked.pixels, masked.kept_tokens
@@ -142,7 +142,7 @@ def build_ablated_step(student: Classifier, teacher: Classifier, config: TrainCo
         filled = authors.fill(pixels, mask, draws.donors)
         return normalise(filled, dtype=patches.dtype, layout="patches", patch_size=vit.patch_size), None
 
-    def step(batch: Batch, draws: Draws | None) -> Losses:
+    def step(batch: Batch, draws: MaskRandomness | None) -> Losses:
         assert draws is not None
         patches = normalise(batch.images, dtype=student.head.weight.dtype, layout="patches", patch_size=vit.patch_size)
         cam, logits = relevance(batch.images, batch.labels, patches)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.batch import Batch
+from cammask_fast.data.types import Batch
 from cammask_fast.kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD
 from cammask_fast.losses import feature_distillation, logit_distillation
-from cammask_fast.masking import Draws, Strategy
+from cammask_fast.masking import MaskRandomness, Strategy
 from cammask_fast.model.classifier import Classifier, Prediction
 from cammask_fast.model.vit import Block
 from cammask_fast.step import Losses, build_strategy
@@ -87,7 +87,7 @@ def fill(pixels: Tensor, mask_NP: Tensor, donors: Tensor) -> Tensor:
     return torch.where(mask, filling, pixels)
 
 
-def patch_mask(strategy: Strategy, cam: Tensor | None, draws: Draws, patches: int) -> Tensor:
+def patch_mask(strategy: Strategy, cam: Tensor | None, draws: MaskRandomness, patches: int) -> Tensor:
     """bool (N, P), True = masked."""
     if strategy.selection == "random":
         assert draws.uniform is not None
@@ -103,7 +103,7 @@ def patch_mask(strategy: Strategy, cam: Tensor | None, draws: Draws, patches: in
 
 
 plain_forward = forward
-Step = Callable[[Batch, Draws | None], Losses]
+Step = Callable[[Batch, MaskRandomness | None], Losses]
 
 
 def build_authors_step(student: Classifier, teacher: Classifier, config: TrainConfig, *, compiled: bool = False) -> Step:
@@ -116,7 +116,7 @@ def build_authors_step(student: Classifier, teacher: Classifier, config: TrainCo
     strategy, patches = build_strategy(config), student.visual.config.patches
     forward: Callable[..., Prediction] = torch.compile(plain_forward) if compiled else plain_forward
 
-    def step(batch: Batch, draws: Draws | None) -> Losses:
+    def step(batch: Batch, draws: MaskRandomness | None) -> Losses:
         pixels = batch.images.permute(0, 3, 1, 2).to(student.head.weight.dtype) / 255
         shown, key_mask, kept_tokens = pixels, None, None
         if strategy is not None:

@@ -33,14 +33,14 @@ from bench.step.memory import LiveStorages
 from bench.step.stages import stages
 from bench.step.work import count_flops, forward_unit
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.batch import Batch
-from cammask_fast.masking import Draws
+from cammask_fast.data.types import Batch
+from cammask_fast.masking import MaskRandomness
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.optim import build_optimizer
-from cammask_fast.precision import product_dtype, resolve, use_matrix_units
+from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
 from cammask_fast.state import TrainState
-from cammask_fast.step import Losses, build_step, build_strategy, build_train_step, draw_for_step
+from cammask_fast.step import Losses, build_step, build_strategy, build_train_step, sample_step_randomness
 
 ARCHS = {
     "tiny": ViTConfig(image_size=48, patch_size=8, width=96, layers=4, heads=3, output_dim=64),
@@ -113,7 +113,7 @@ def gradient_step(provider: str, student: Classifier, teacher: Classifier, confi
 def _in_its_type(provider: str, step: Step, device: str) -> Step:
     """The step as the provider runs it: under bf16 autocast or as it is."""
 
-    def under_autocast(batch: Batch, draws: Draws | None) -> Losses:
+    def under_autocast(batch: Batch, draws: MaskRandomness | None) -> Losses:
         with torch.autocast(device, torch.bfloat16):
             return step(batch, draws)
 
@@ -124,7 +124,7 @@ def compare(race: Race, providers: Sequence[str]) -> None:
     """Raise ValueError unless every provider gives the losses and gradients (hence the masks) of the first one, in float32."""
     student, teacher = models(race.vit, race.device)
     config, data = replace(race.config, precision="fp32"), random_batch(race.vit, race.batch, race.device)
-    draws = draw_for_step(build_strategy(config), data, race.vit.patches, torch.Generator(race.device).manual_seed(2))
+    draws = sample_step_randomness(build_strategy(config), data, race.vit.patches, torch.Generator(race.device).manual_seed(2))
     expected: dict[str, torch.Tensor] = {}
     loss = 0.0
     for provider in dict.fromkeys(p if p in ABLATIONS else p.split("-")[0] for p in providers):
@@ -149,7 +149,7 @@ def optimiser_step(race: Race, provider: str) -> Callable[[], None]:
     student, teacher = models(race.vit, race.device)
     data, config = random_batch(race.vit, race.batch, race.device), race.config
     strategy, generator = build_strategy(config), torch.Generator(race.device).manual_seed(2)
-    draw = partial(draw_for_step, strategy, data, race.vit.patches, generator)
+    draw = partial(sample_step_randomness, strategy, data, race.vit.patches, generator)
     if provider.startswith("ours"):
         config = replace(config, epochs=1, precision=race.precision_of(provider))
         state = TrainState.create(student, config, steps_per_epoch=1000, compiled=provider == "ours-compiled")
@@ -187,10 +187,10 @@ def counted(race: Race, provider: str) -> dict[str, float]:
         teacher = Classifier(VisionTransformer(vit), torch.zeros(CLASSES, vit.output_dim)).requires_grad_(False)
         images = torch.zeros(count, vit.image_size, vit.image_size, 3, dtype=torch.uint8)
         data = Batch(images, torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64))
-        draws = draw_for_step(build_strategy(config), data, vit.patches, torch.Generator().manual_seed(0))
+        draws = sample_step_randomness(build_strategy(config), data, vit.patches, torch.Generator().manual_seed(0))
         unit = forward_unit(student, count)
         if provider.startswith("ours"):
-            teacher = teacher.stored_in(product_dtype(config.precision, student.head.weight))
+            teacher = teacher.stored_in(compute_dtype(config.precision, student.head.weight))
 
         def built_and_run() -> None:
             _in_its_type(provider, gradient_step(provider, student, teacher, config), race.device)(data, draws)
@@ -219,7 +219,7 @@ def split(race: Race) -> dict[str, float]:
     optimizer, rows = build_optimizer(student.parameters(), race.config.optim), []
     for _ in range(6):
         optimizer.zero_grad(set_to_none=True)
-        draws = draw_for_step(build_strategy(race.config), data, race.vit.patches, generator)
+        draws = sample_step_randomness(build_strategy(race.config), data, race.vit.patches, generator)
         row = stages(student, teacher, race.config, data, draws)
         started = time.perf_counter()
         clip_grad_norm_(student.parameters(), race.config.optim.clip_norm)
@@ -246,7 +246,7 @@ def _to_its_end(function: Callable[[], object], device: str) -> Callable[[], Non
 
 def _provider(race: Race, provider: str) -> Callable[[], None]:
     """What runs in a provider's process: one optimiser step, to its end on the device."""
-    use_matrix_units(resolve(race.config.precision, race.device))
+    set_matmul_precision(resolve(race.config.precision, race.device))
     return _to_its_end(optimiser_step(race, provider), race.device)
 
 
@@ -254,7 +254,7 @@ def run_race(race: Race, providers: Sequence[str], *, repeats: int = 7) -> Itera
     """A record per provider, each in a process of its own, timed in turn in the same run, a matrix product of each precision
     among them: op `step`, with one of our stages at the end, or `ablation` where the authors do not run. Raises ValueError
     where the providers disagree or one fails."""
-    use_matrix_units(resolve(race.config.precision, race.device))
+    set_matmul_precision(resolve(race.config.precision, race.device))
     compare(race, providers)
     precisions = list(dict.fromkeys(race.precision_of(provider) for provider in providers))
     products = {precision: matrix_product(race.device, precision) for precision in precisions}

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.batch import Batch
-from cammask_fast.masking import Draws, MaskedInput
+from cammask_fast.data.types import Batch
+from cammask_fast.masking import MaskedInput, MaskRandomness
 from cammask_fast.model.classifier import Classifier, Prediction
-from cammask_fast.precision import product_dtype
-from cammask_fast.step import Cotangents, Pass, eager_forward, step_body
+from cammask_fast.precision import compute_dtype
+from cammask_fast.step import Cotangents, StudentForward, eager_forward, step_body
 
 STAGES = ("task", "cam", "selection and fill", "teacher", "masked student")
 
 
 def stages(
-    student: Classifier, teacher: Classifier, config: TrainConfig, batch: Batch, draws: Draws | None
+    student: Classifier, teacher: Classifier, config: TrainConfig, batch: Batch, draws: MaskRandomness | None
 ) -> dict[str, float]:
     """Seconds per stage of one step; clean forward and clean backward are `task`. Stages that a method lacks are left out."""
     seconds: dict[str, float] = {}
@@ -33,10 +33,10 @@ def stages(
         seconds[stage] = seconds.get(stage, 0.0) + now - since
         stage, since = name, now
 
-    dtype = product_dtype(config.precision, student.head.weight)
+    dtype = compute_dtype(config.precision, student.head.weight)
     inner, masks = eager_forward(student, config, dtype)(), draws is not None
 
-    def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> Pass:
+    def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> StudentForward:
         enter("task" if masked is None else "masked student")
         one = inner(patches, masked, tapped=tapped)
         is_clean = masked is None
@@ -51,7 +51,7 @@ def stages(
             if is_clean and masks:
                 enter("selection and fill")
 
-        return Pass(one.prediction, one.taps, tap_gradients, pull_back)
+        return StudentForward(one.prediction, one.taps, tap_gradients, pull_back)
 
     stored = teacher.stored_in(dtype)
 

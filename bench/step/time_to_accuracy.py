@@ -16,14 +16,14 @@ from torch.optim import AdamW
 from bench.records import cpu_environment, markdown_table
 from bench.step.authors import build_authors_step
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.benchmark import evaluation_splits, training_splits
-from cammask_fast.data.texture_digits import CLASS_NAMES
-from cammask_fast.demo import tiny_config
+from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
+from cammask_fast.data.datasets.texture_digits_splits import evaluation_splits, training_splits
+from cammask_fast.demo.run import tiny_config
 from cammask_fast.evaluate import accuracy
 from cammask_fast.model.zero_shot import tiny_classifier
 from cammask_fast.optim import build_schedule
 from cammask_fast.state import TrainState
-from cammask_fast.step import build_strategy, build_train_step, draw_for_step
+from cammask_fast.step import build_strategy, build_train_step, sample_step_randomness
 
 EVERY = 8
 """Steps between two evaluations."""
@@ -50,7 +50,7 @@ def train(provider: str, config: TrainConfig) -> list[tuple[float, float]]:
     for epoch in range(config.epochs):
         loader.set_epoch(epoch)
         for batch in loader:
-            draws = draw_for_step(strategy, batch, patches, state.generator)
+            draws = sample_step_randomness(strategy, batch, patches, state.generator)
             started = time.perf_counter()
             if provider == "ours-eager":
                 train_step([(batch, draws)])

@@ -23,19 +23,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cammask_fast.model.files import read_safetensors
-from cammask_fast.state import Saved
+from cammask_fast.state import Snapshot
 
 FORMAT = "cammask-run-1"
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-class Found(NamedTuple):
-    """A checkpoint that was read. place: its folder. settings: of the run that wrote it."""
+class StoredCheckpoint(NamedTuple):
+    """A checkpoint that was read. path: its folder. settings: of the run that wrote it."""
 
-    place: Path
+    path: Path
     settings: dict[str, Any]
-    saved: Saved
+    saved: Snapshot
 
 
 class Checkpoints:
@@ -52,12 +52,12 @@ class Checkpoints:
         """Seconds for which each save kept the training waiting."""
         self._writer: threading.Thread | None = None
 
-    def save(self, saved: Saved) -> None:
+    def save(self, saved: Snapshot) -> None:
         """Copy a state and write it in a thread; waits while the one before is still being written."""
         started = time.perf_counter()
         self.wait()
         copied, ready = _snapshot(saved.tensors)
-        self._writer = threading.Thread(target=self._write, args=(copied, ready, dict(saved.rest)))
+        self._writer = threading.Thread(target=self._write, args=(copied, ready, dict(saved.metadata)))
         self._writer.start()
         self.stalls.append(time.perf_counter() - started)
 
@@ -67,58 +67,60 @@ class Checkpoints:
             self._writer.join()
             self._writer = None
 
-    def newest(self) -> Found | None:
+    def newest(self) -> StoredCheckpoint | None:
         """The newest checkpoint that is whole, or None. Damaged ones are reported and passed over."""
-        for place in reversed(self.places()):
+        for path in reversed(self.folders()):
             try:
-                return read_checkpoint(place)
+                return read_checkpoint(path)
             except ValueError as error:
                 self.warn(f"{error}: going back to the checkpoint before it")
         return None
 
-    def places(self) -> list[Path]:
+    def folders(self) -> list[Path]:
         """The folders of complete checkpoints, oldest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else iter(())
         return sorted((p for p in found if _NAME.fullmatch(p.name)), key=_step_of)
 
-    def _write(self, tensors: dict[str, Tensor], ready: Any, rest: dict[str, Any]) -> None:
-        step = rest["step"]
+    def _write(self, tensors: dict[str, Tensor], ready: Any, metadata: dict[str, Any]) -> None:
+        step = metadata["step"]
         part = self.folder / f"step-{step:08d}.part"
         try:
             if ready is not None:
                 tensors = _on_host(tensors, ready)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            write_checkpoint(part, tensors, rest, self.settings)
-            place = part.with_suffix("")
-            if place.exists():  # of an earlier attempt at this run
-                _remove(place)
-            part.rename(place)
+            write_checkpoint(part, tensors, metadata, self.settings)
+            path = part.with_suffix("")
+            if path.exists():  # of an earlier attempt at this run
+                _remove(path)
+            part.rename(path)
             _sync(self.folder)
-            self._tidy(rest["best_step"])
+            self._tidy(metadata["best_step"])
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            whole = [place.name for place in self.places()]
+            whole = [path.name for path in self.folders()]
             kept = f"the newest on the disk is {whole[-1]}" if whole else "there is none on the disk yet"
             self.warn(f"cannot write the checkpoint of step {step} to {self.folder} ({reason}); the run goes on, {kept}")
             shutil.rmtree(part, ignore_errors=True)
 
     def _tidy(self, best_step: int) -> None:
-        places = self.places()
-        for place in places[: -self.keep]:
-            if _step_of(place) != best_step:
-                _remove(place)
+        folders = self.folders()
+        for path in folders[: -self.keep]:
+            if _step_of(path) != best_step:
+                _remove(path)
         for left in self.folder.glob("*.part"):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
     """Fill an empty folder. Raises OSError or SafetensorError when it cannot be written."""
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / TENSORS)
     with (folder / TENSORS).open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    state = {"format": FORMAT, "settings": dict(settings), "state": dict(rest), "tensors": digest}
+    state = {"format": FORMAT, "settings": dict(settings), "state": dict(metadata), "tensors": digest}
     with (folder / STATE).open("w", encoding="utf-8") as text:
         json.dump({**state, "sha256": _digest(state)}, text, indent=1)
         text.flush()
@@ -126,7 +128,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], rest: Mapping[
     _sync(folder)
 
 
-def read_checkpoint(folder: Path) -> Found:
+def read_checkpoint(folder: Path) -> StoredCheckpoint:
     """Read a checkpoint. Raises ValueError, naming the folder, when anything in it is not what was written."""
     try:
         state = json.loads((folder / STATE).read_bytes())
@@ -137,7 +139,7 @@ def read_checkpoint(folder: Path) -> Found:
             if hashlib.file_digest(file, "sha256").hexdigest() != state["tensors"]:
                 raise ValueError("tensors.safetensors was changed or cut off")
         tensors, _ = read_safetensors(folder / TENSORS)
-        return Found(folder, state["settings"], Saved(tensors, state["state"]))
+        return StoredCheckpoint(folder, state["settings"], Snapshot(tensors, state["state"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{folder} is damaged ({' '.join(reason.split())})") from None
@@ -168,17 +170,17 @@ def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _step_of(place: Path) -> int:
-    match = _NAME.fullmatch(place.name)
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match.group(1))
 
 
-def _remove(place: Path) -> None:
+def _remove(path: Path) -> None:
     """Never half there under its own name."""
-    gone = place.with_name(place.name + ".old.part")
+    gone = path.with_name(path.name + ".old.part")
     shutil.rmtree(gone, ignore_errors=True)
-    place.rename(gone)
+    path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cammask_fast.checkpoint import load_classifier
-from cammask_fast.commands.shared import Options, device_of, loading_of, save, say_unreadable, zero_shot_model
-from cammask_fast.data.sources import BENCHMARK, EvaluationSet, folders_of, names_of, open_evaluation
-from cammask_fast.distributed import World, world
+from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, zero_shot_model
+from cammask_fast.data.factory import BENCHMARK, EvaluationSet, folders_of, names_of, open_evaluation
+from cammask_fast.distributed import World, init_distributed
 from cammask_fast.evaluate import Score, evaluate
-from cammask_fast.metrics import score_table
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import vit_config
-from cammask_fast.precision import product_dtype, resolve, use_matrix_units
+from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
+from cammask_fast.progress import score_table
 from cammask_fast.wise_ft import interpolations
 
 
@@ -25,27 +25,27 @@ def run_evaluate(args: Options) -> None:
     expected = vit_config(args["arch"]) if args["arch"] else None
     model, description = load_classifier(args["checkpoint"], expect_vit=expected)
     folders = description.run.get("class_folders", description.class_names)
-    with world(device) as here:
+    with init_distributed(device) as dist_info:
         sets = open_evaluation(
             args["data"], image_size=description.vit.image_size, class_folders=folders,
-            loading=loading_of(args, device, args["out"], here), allow_incomplete=args["allow_incomplete"],
+            loader_config=loader_config_of(args, device, args["out"], dist_info), allow_incomplete=args["allow_incomplete"],
         )  # fmt: skip
         scores = {name: of_set[0] for name, of_set in scores_of([model.to(device)], sets, args).items()}
-        show_scores(scores, sets, args, here)
+        show_scores(scores, sets, args, dist_info)
 
 
 def run_zeroshot(args: Options) -> None:
     device, arch = device_of(args), args["arch"] or "tiny"
     folders = folders_of(args["data"])
     names = folders if args["data"][0] == BENCHMARK else names_of(args["class_names"], folders)
-    with world(device) as here:
+    with init_distributed(device) as dist_info:
         sets = open_evaluation(
             args["data"], image_size=vit_config(arch).image_size, class_folders=folders,
-            loading=loading_of(args, device, args["out"], here), allow_incomplete=args["allow_incomplete"],
+            loader_config=loader_config_of(args, device, args["out"], dist_info), allow_incomplete=args["allow_incomplete"],
         )  # fmt: skip
         model = zero_shot_model(arch, args["pretrained"], names, args["templates"], device)
         scores = {name: of_set[0] for name, of_set in scores_of([model], sets, args).items()}
-        show_scores(scores, sets, args, here)
+        show_scores(scores, sets, args, dist_info)
 
 
 def run_wise_ft(args: Options) -> None:
@@ -53,19 +53,19 @@ def run_wise_ft(args: Options) -> None:
     start, _ = load_classifier(args["start"])
     end, description = load_classifier(args["end"], expect_vit=start.visual.config)
     models = interpolations(start.to(device), end.to(device), args["alphas"])
-    with world(device) as here:
+    with init_distributed(device) as dist_info:
         sets = open_evaluation(
             args["data"], image_size=description.vit.image_size,
             class_folders=description.run.get("class_folders", description.class_names),
-            loading=loading_of(args, device, args["out"], here), allow_incomplete=args["allow_incomplete"],
+            loader_config=loader_config_of(args, device, args["out"], dist_info), allow_incomplete=args["allow_incomplete"],
         )  # fmt: skip
         scores = scores_of(models, sets, args)
-        say_unreadable(here, *(one.loader for one in sets.values()))
-        if not here.first:
+        say_unreadable(dist_info, *(one.loader for one in sets.values()))
+        if not dist_info.is_main_process:
             return
     curve, label = [], "average"
-    for place, alpha in enumerate(args["alphas"]):
-        accuracies = {name: of_set[place].top1 for name, of_set in scores.items()}
+    for index, alpha in enumerate(args["alphas"]):
+        accuracies = {name: of_set[index].top1 for name, of_set in scores.items()}
         label, average = average_ood(accuracies) or (label, None)
         curve.append({"alpha": alpha, "accuracy": accuracies, "average": average})
     text = json.dumps(curve, indent=1)
@@ -88,8 +88,8 @@ def run_wise_ft(args: Options) -> None:
 def scores_of(models: Sequence[Classifier], sets: Mapping[str, EvaluationSet], args: Options) -> dict[str, list[Score]]:
     """A score per model on every set, in the precision asked for; each set is read once."""
     device, precision = device_of(args), args["precision"] or "auto"
-    use_matrix_units(resolve(precision, device))
-    models = [model.stored_in(product_dtype(precision, model.head.weight)) for model in models]
+    set_matmul_precision(resolve(precision, device))
+    models = [model.stored_in(compute_dtype(precision, model.head.weight)) for model in models]
     return {
         name: evaluate(models, one.loader, groups=one.groups, classes=len(one.class_folders), device=device)
         for name, one in sets.items()
@@ -104,10 +104,10 @@ def average_ood(accuracies: Mapping[str, float]) -> tuple[str, float] | None:
     return "average OOD" if len(shifted) < len(accuracies) else "average", sum(shifted) / len(shifted)
 
 
-def show_scores(scores: Mapping[str, Score], sets: Mapping[str, EvaluationSet], args: Options, here: World) -> None:
+def show_scores(scores: Mapping[str, Score], sets: Mapping[str, EvaluationSet], args: Options, dist_info: World) -> None:
     """Print and write the scores, on the first rank."""
-    say_unreadable(here, *(one.loader for one in sets.values()))
-    if not here.first:
+    say_unreadable(dist_info, *(one.loader for one in sets.values()))
+    if not dist_info.is_main_process:
         return
     rows = [
         {

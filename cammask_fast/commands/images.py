@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from cammask_fast.commands.shared import Options, device_of
-from cammask_fast.data.bad_samples import BadSamples
-from cammask_fast.data.folder import scan
-from cammask_fast.data.loading import REPORT
+from cammask_fast.data.datasets.image_folder import scan
+from cammask_fast.data.factory import preview_rows
+from cammask_fast.data.loaders.config import REPORT
+from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.pack import pack
-from cammask_fast.data.sources import preview_rows
-from cammask_fast.photographs import mask_photographs
-from cammask_fast.pictures import contact_sheet
+from cammask_fast.viz.mask_images import mask_photographs
+from cammask_fast.viz.plots import contact_sheet
 
 
 def run_mask(args: Options) -> None:
@@ -34,7 +34,7 @@ def run_pack(args: Options) -> None:
     splits = [name for name in ("train", "val") if (root / name).is_dir()] or [""]
     for split in splits:
         source = scan(root / split)
-        bad = BadSamples(source.where, len(source), max_share=args["max_bad"], report=out / split / REPORT)
+        bad = UnreadableSamples(source.where, len(source), max_share=args["max_bad"], report=out / split / REPORT)
         shards = pack(
             source, out / split, per_shard=args["per_shard"], resize=args["resize"], quality=args["quality"], seed=args["seed"],
             bad=bad, progress=lambda done, total: print(f"{done}/{total} images", file=sys.stderr),

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from cammask_fast.checkpoint import Description, save_classifier
-from cammask_fast.data.folder import read_lines
-from cammask_fast.data.loading import REPORT, Loading
+from cammask_fast.data.datasets.image_folder import read_lines
+from cammask_fast.data.loaders.config import REPORT, LoaderConfig
 from cammask_fast.distributed import World
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import load_pretrained
@@ -25,10 +25,10 @@ def device_of(args: Options) -> str:
     return args["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def loading_of(args: Options, device: str, folder: Path | None, world: World | None = None) -> Loading:
+def loader_config_of(args: Options, device: str, folder: Path | None, world: World | None = None) -> LoaderConfig:
     """The loaders' options; `folder` gets the list of unreadable images."""
     world = world or World()
-    return Loading(
+    return LoaderConfig(
         kind=args["loader"], workers=args["workers"], max_bad=args["max_bad"], report=(folder or Path()) / REPORT,
         device=torch.device(device, world.local_rank) if device == "cuda" else device,
         rank=world.rank, world_size=world.size,
@@ -48,14 +48,14 @@ def save(folder: Path, models: Mapping[str, Classifier], arch: str, class_names:
         save_classifier(folder / f"{name}.safetensors", model, description)
 
 
-def say_unreadable(here: World, *loaders: Any) -> None:
+def say_unreadable(dist_info: World, *loaders: Any) -> None:
     """A line on stderr for every loader that left images out, in any process."""
     for loader in loaders:
         bad = getattr(loader, "bad", None)
         if bad is None:
             continue
         bad.gather()
-        if bad and here.first:
+        if bad and dist_info.is_main_process:
             print(f"cammask: {bad.summary()}", file=sys.stderr)
 
 

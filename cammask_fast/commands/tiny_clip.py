@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cammask_fast.commands.shared import Options
-from cammask_fast.demo import run_demo
-from cammask_fast.pretrain import PretrainConfig, pretrain, save_pretrained
+from cammask_fast.demo.pretrain import PretrainConfig, pretrain, save_pretrained
+from cammask_fast.demo.run import run_demo
 
 
 def run_demo_command(args: Options) -> None:

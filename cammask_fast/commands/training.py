@@ -15,17 +15,17 @@ import torch
 
 from cammask_fast import __version__
 from cammask_fast.checkpoint import Checkpoints, describe_run
-from cammask_fast.commands.shared import Options, device_of, loading_of, save, say_unreadable, warn, zero_shot_model
+from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, warn, zero_shot_model
 from cammask_fast.config import TrainConfig, load_recipe
-from cammask_fast.data.decode import Augment
-from cammask_fast.data.sources import Selection, TrainingData, class_list, open_training
-from cammask_fast.distributed import World, collected, refuse_differences, world
+from cammask_fast.data.factory import DataSubset, TrainingData, class_list, open_training
+from cammask_fast.data.transforms import Augment
+from cammask_fast.distributed import World, all_gather_object, check_same_on_all_ranks, init_distributed
 from cammask_fast.evaluate import accuracy
-from cammask_fast.interruption import StopSignal
-from cammask_fast.metrics import TrainingProgress
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import vit_config
-from cammask_fast.run_folder import CHECKPOINTS, RunLock, RunLog, clear, launcher, sign, signed_by
+from cammask_fast.progress import TrainingProgress
+from cammask_fast.runtime.run_dir import CHECKPOINTS, RunLock, RunLog, clear, record_launch, torchrun_id, was_launched_by
+from cammask_fast.runtime.signals import GracefulShutdown
 from cammask_fast.step import build_strategy
 from cammask_fast.train import Run, fine_tune
 
@@ -40,18 +40,20 @@ def run_train(args: Options) -> None:
     config = train_config(args, recipe.get("train", {}))
     positive(args, "save_every", "keep", "log_every", "timeout")
     out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
-    with world(device_of(args), timeout=args["timeout"]) as here, StopSignal() as stop:
-        launchers = collected(launcher())
-        complete, ours = collected(((out / "run.json").exists(), signed_by(out, launchers)))[0]  # as rank 0 sees the folder
+    with init_distributed(device_of(args), timeout=args["timeout"]) as dist_info, GracefulShutdown() as stop:
+        launchers = all_gather_object(torchrun_id())
+        complete, ours = all_gather_object(((out / "run.json").exists(), was_launched_by(out, launchers)))[
+            0
+        ]  # as rank 0 sees the folder
         if complete and ours:
             return  # another process failed after the run was complete
         if complete and not args["overwrite"]:
             raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
-        train_here(args, recipe, config, out, here, stop, launchers)
+        train_here(args, recipe, config, out, dist_info, stop, launchers)
 
 
 def train_here(
-    args: Options, recipe: Mapping[str, Any], config: TrainConfig, out: Path, here: World, stop: StopSignal,
+    args: Options, recipe: Mapping[str, Any], config: TrainConfig, out: Path, dist_info: World, stop: GracefulShutdown,
     launchers: Sequence[str | None],
 ) -> None:  # fmt: skip
     """A process's part of `train`; the first one prints and writes."""
@@ -60,46 +62,46 @@ def train_here(
     pretrained = args["pretrained"] or ("" if args["arch"] else recipe.get("pretrained", ""))
     device, vit = device_of(args), vit_config(arch)
     trains = config.resolved.trained != "none"
-    selection = Selection(
+    subset = DataSubset(
         val_share=args["val_share"], val_images=args["val_images"], shots=args["shots"], classes=class_list(args["classes"])
     )
     data = open_training(
-        args["data"], image_size=vit.image_size, batch_size=share_of_batch(config, here) if trains else 1, seed=config.seed,
-        selection=selection, augment=Augment.parse(args["augment"]), class_names=args["class_names"],
-        loading=loading_of(args, device, out, here),
+        args["data"], image_size=vit.image_size, batch_size=share_of_batch(config, dist_info) if trains else 1, seed=config.seed,
+        subset=subset, augment=Augment.parse(args["augment"]), class_names=args["class_names"],
+        loader_config=loader_config_of(args, device, out, dist_info),
     )  # fmt: skip
     model = zero_shot_model(arch, pretrained, data.class_names, args["templates"], device)
     settings = {
         **flat(config.to_dict()), "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
-        "augment": args["augment"], "loader": type(data.train).__name__, "processes": here.size,
+        "augment": args["augment"], "loader": type(data.train).__name__, "processes": dist_info.size,
         "classes": digest(data.class_folders, data.class_names), "train_labels": digest(data.train.labels.tolist()),
         "templates": digest(args["templates"] and args["templates"].read_text(encoding="utf-8")), "cammask_fast": __version__,
     }  # fmt: skip
-    refuse_differences(settings)
+    check_same_on_all_ranks(settings)
     started = time.perf_counter()
-    with RunLock(out) if here.first else nullcontext():
-        if here.first:
-            if args["overwrite"] and not signed_by(out, launchers):
+    with RunLock(out) if dist_info.is_main_process else nullcontext():
+        if dist_info.is_main_process:
+            if args["overwrite"] and not was_launched_by(out, launchers):
                 clear(out)
-            sign(out, launchers)
+            record_launch(out, launchers)
         models, watched = (
-            train_with_progress(model, data, config, args, out, settings, here, stop) if trains else ({"best": model}, {})
+            train_with_progress(model, data, config, args, out, settings, dist_info, stop) if trains else ({"best": model}, {})
         )
         seconds = time.perf_counter() - started
         score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
-        if here.first:
+        if dist_info.is_main_process:
             run = {
                 **describe_run(config.to_dict(), score, data.class_names),
                 "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
                 "class_folders": data.class_folders, "train_images": len(data.train.labels), "seconds": round(seconds, 1),
-                **watched, "processes": here.size,
+                **watched, "processes": dist_info.size,
                 "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
             }  # fmt: skip
             save(out, models, arch, data.class_names, run)
             write_last(out / "run.json", json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n")
             validated = "" if score is None else f"validation accuracy {score:.2f} %, "
             print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
-        say_unreadable(here, data.train, data.validation)
+        say_unreadable(dist_info, data.train, data.validation)
 
 
 def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:
@@ -116,14 +118,14 @@ def positive(args: Options, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive value, got {args[name]}")
 
 
-def share_of_batch(config: TrainConfig, here: World) -> int:
+def share_of_batch(config: TrainConfig, dist_info: World) -> int:
     """Images per step and process. Raises ValueError when the batch cannot be shared out."""
-    if config.batch_size % (here.size * config.accumulate):
+    if config.batch_size % (dist_info.size * config.accumulate):
         raise ValueError(
-            f"--batch-size: {config.batch_size} images cannot be shared by {here.size} processes with --accumulate "
-            f"{config.accumulate}: choose a multiple of {here.size * config.accumulate}"
+            f"--batch-size: {config.batch_size} images cannot be shared by {dist_info.size} processes with --accumulate "
+            f"{config.accumulate}: choose a multiple of {dist_info.size * config.accumulate}"
         )
-    return config.batch_size // here.size
+    return config.batch_size // dist_info.size
 
 
 def flat(settings: Mapping[str, Any]) -> Options:
@@ -137,33 +139,33 @@ def digest(*items: Any) -> str:
 
 
 def train_with_progress(
-    model: Classifier, data: TrainingData, config: TrainConfig, args: Options, out: Path, settings: Options, here: World,
-    stop: StopSignal,
+    model: Classifier, data: TrainingData, config: TrainConfig, args: Options, out: Path, settings: Options, dist_info: World,
+    stop: GracefulShutdown,
 ) -> tuple[dict[str, Classifier], Options]:  # fmt: skip
     """The trained models by name, and what was seen of the run: skipped steps, the share of the time spent waiting for data,
     how many checkpoints were written and for how many seconds the slowest held up the training."""
 
     steps = config.epochs * len(data.train)
     log_every = min(args["log_every"], len(data.train))
-    with TrainingProgress(steps * config.batch_size, silent=not here.first) as progress:
+    with TrainingProgress(steps * config.batch_size, silent=not dist_info.is_main_process) as progress:
         log = RunLog(out, warn=warn)
 
-        def resumed(step: int, place: Path | None) -> None:
-            log.cut(step)
+        def resumed(step: int, path: Path | None) -> None:
+            log.truncate_after(step)
             progress.begin(step * config.batch_size)
-            if place is not None:
-                print(f"cammask: going on from step {step} of {steps}, {place}", file=sys.stderr)
+            if path is not None:
+                print(f"cammask: going on from step {step} of {steps}, {path}", file=sys.stderr)
 
-        run = Run(world=here, save_every=args["save_every"], settings=settings, stop=lambda: stop.requested)
+        run = Run(world=dist_info, save_every=args["save_every"], settings=settings, stop=lambda: stop.requested)
         run.debug = out / "debug"
-        if here.first:
+        if dist_info.is_main_process:
             run.checkpoints = Checkpoints(out / CHECKPOINTS, settings, keep=args["keep"], warn=warn)
             run.log, run.resumed = log.write, resumed
         started = time.perf_counter()
         try:
             tuned = fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every, run=run)
         except torch.OutOfMemoryError as error:
-            raise ValueError(out_of_memory(config, here, error)) from None
+            raise ValueError(out_of_memory(config, dist_info, error)) from None
         finally:
             run.finish()
         seconds = time.perf_counter() - started
@@ -176,14 +178,14 @@ def train_with_progress(
     return {"best": tuned.best, "last": tuned.last}, watched
 
 
-def out_of_memory(config: TrainConfig, here: World, error: BaseException) -> str:
+def out_of_memory(config: TrainConfig, dist_info: World, error: BaseException) -> str:
     """What to try, and what keeps the run the same."""
-    own = config.batch_size // here.size
+    own = config.batch_size // dist_info.size
     first = f"out of memory with {own // config.accumulate} images at a time ({str(error).splitlines()[0]})"
     more = next((n for n in range(config.accumulate + 1, own + 1) if own % n == 0), None)
     if more is None:
         return f"{first}: one image is too many; try a smaller --arch or --precision bf16"
-    smaller = own // more * config.accumulate * here.size
+    smaller = own // more * config.accumulate * dist_info.size
     return (
         f"{first}: try --accumulate {more}, which keeps the global batch of {config.batch_size} ({own // more} images at a "
         f"time), or --batch-size {smaller}"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from cammask_fast.data.bad_samples import BadSamples
-from cammask_fast.data.batch import ImageSource
-from cammask_fast.data.decode import opened, to_rgb
-from cammask_fast.data.order import epoch_order
-from cammask_fast.data.shards import write_classes
+from cammask_fast.data.datasets.webdataset import write_classes
+from cammask_fast.data.loaders.unreadable import UnreadableSamples
+from cammask_fast.data.sampler import epoch_order
+from cammask_fast.data.transforms import opened, to_rgb
+from cammask_fast.data.types import ImageSource
 
 PLAN = "pack.json"
 
@@ -28,7 +28,7 @@ def pack(
     resize: int | None = None,
     quality: int = 95,
     seed: int = 0,
-    bad: BadSamples,
+    bad: UnreadableSamples,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Write `out/000000.tar` …, `classes.txt` and the plan; return the shards.
@@ -72,7 +72,7 @@ def _keep_plan(path: Path, plan: dict[str, object]) -> None:
 
 
 def _write_shard(
-    shard: Path, source: ImageSource, ids: list[int], *, resize: int | None, quality: int, bad: BadSamples
+    shard: Path, source: ImageSource, ids: list[int], *, resize: int | None, quality: int, bad: UnreadableSamples
 ) -> None:
     temporary = shard.with_name(shard.name + ".part")
     with temporary.open("wb") as file:

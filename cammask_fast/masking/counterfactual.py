@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cammask_fast.kernels.masked_fill import counterfactual_batch, masked_fill
 from cammask_fast.kernels.patch_select import patch_select
-from cammask_fast.kernels.reference import Selection, fill_pixels, normalise_relevance, upsample_bilinear
-from cammask_fast.masking.draws import Draws
+from cammask_fast.kernels.reference import PatchSelection, fill_pixels, normalise_relevance, upsample_bilinear
+from cammask_fast.masking.randomness import MaskRandomness
 from cammask_fast.masking.strategy import Strategy
 
 
@@ -29,7 +29,7 @@ def masked_input(
     images: Tensor,
     relevance_NP: Tensor | None,
     strategy: Strategy,
-    draws: Draws,
+    draws: MaskRandomness,
     *,
     grid: int,
     dtype: torch.dtype = torch.float32,
@@ -38,7 +38,7 @@ def masked_input(
     """Apply a strategy in as few passes over the pixels as there are: none for no-fill, one for a fill.
 
     images: uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]. relevance_NP: float (N, P), not normalised, None for random
-    masks. draws: from `draw_masking`. grid: patches per side. dtype, layout (nchw | patches): of the
+    masks. draws: from `sample_mask_randomness`. grid: patches per side. dtype, layout (nchw | patches): of the
     pixels, as `normalise` has them. Raises ValueError where relevance or draws
     do not fit the strategy.
     """
@@ -80,7 +80,7 @@ class Counterfactual(NamedTuple):
 
 
 def counterfactual(
-    images: Tensor, relevance_NP: Tensor | None, strategy: Strategy, draws: Draws, *, grid: int
+    images: Tensor, relevance_NP: Tensor | None, strategy: Strategy, draws: MaskRandomness, *, grid: int
 ) -> Counterfactual:
     """The same as `masked_input`, step by step in plain PyTorch, with the mask and the pixels before normalisation."""
     _check(images, relevance_NP, strategy, draws, grid)
@@ -111,19 +111,19 @@ def _kept_first(mask_NP: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(order + 1, (1, 0)), mask_NP.gather(1, order)
 
 
-def _select(relevance_NP: Tensor | None, strategy: Strategy, grid: int) -> Selection:
+def _select(relevance_NP: Tensor | None, strategy: Strategy, grid: int) -> PatchSelection:
     assert relevance_NP is not None
     top_k = None if strategy.threshold is not None else strategy.k(grid * grid)
     return patch_select(relevance_NP, context=strategy.selection == "context", threshold=strategy.threshold, top_k=top_k)
 
 
-def _random_mask(strategy: Strategy, draws: Draws) -> Tensor:
+def _random_mask(strategy: Strategy, draws: MaskRandomness) -> Tensor:
     assert draws.uniform is not None
     assert strategy.threshold is not None
     return draws.uniform < strategy.threshold
 
 
-def _check(images: Tensor, relevance_NP: Tensor | None, strategy: Strategy, draws: Draws, grid: int) -> None:
+def _check(images: Tensor, relevance_NP: Tensor | None, strategy: Strategy, draws: MaskRandomness, grid: int) -> None:
     expected = (len(images), grid * grid)
     if strategy.needs_cam and (relevance_NP is None or relevance_NP.shape != expected):
         got = None if relevance_NP is None else tuple(relevance_NP.shape)
@@ -135,4 +135,6 @@ def _check(images: Tensor, relevance_NP: Tensor | None, strategy: Strategy, draw
     }
     for name, is_needed in needed.items():
         if is_needed and getattr(draws, name) is None:
-            raise ValueError(f"draws: {strategy.selection} mask with {strategy.fill}-fill needs {name}; use draw_masking")
+            raise ValueError(
+                f"draws: {strategy.selection} mask with {strategy.fill}-fill needs {name}; use sample_mask_randomness"
+            )

@@ -12,7 +12,7 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor
 
-from cammask_fast.data.texture_digits import TEMPLATES
+from cammask_fast.data.datasets.texture_digits import TEMPLATES
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.files import load_exactly, read_safetensors
 from cammask_fast.model.tiny_clip import build_tiny_clip, tokenizer

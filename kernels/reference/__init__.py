@@ -2,10 +2,10 @@
 
 from .cls_relevance import cls_relevance
 from .masked_fill import fill_pixels, masked_fill, normalise, upsample_bilinear
-from .patch_select import Selection, normalise_relevance, patch_select
+from .patch_select import PatchSelection, normalise_relevance, patch_select
 
 __all__ = [
-    "Selection",
+    "PatchSelection",
     "cls_relevance",
     "fill_pixels",
     "masked_fill",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Selection(NamedTuple):
+class PatchSelection(NamedTuple):
     """normalised: (N, P), relevance / (max + 1e-8). mask: bool (N, P), True = masked. counts: int64 (N,), masked patches.
     kept_tokens: int64 (N, n_keep + 1), for top-k: 0 (CLS), then 1 + patch of the unmasked patches ascending; else None."""
 
@@ -26,7 +26,7 @@ def normalise_relevance(relevance_NP: Tensor) -> Tensor:
 
 def patch_select(
     relevance_NP: Tensor, *, context: bool = False, threshold: float | None = None, top_k: int | None = None
-) -> Selection:
+) -> PatchSelection:
     """Select the patches to mask.
 
     relevance_NP: float (N, P). threshold: the object mask is c > threshold (strict). top_k: the object mask is the k highest,
@@ -37,11 +37,11 @@ def patch_select(
     normalised = normalise_relevance(relevance_NP)
     if threshold is not None:
         mask = (normalised > threshold) ^ context
-        return Selection(normalised, mask, mask.sum(1), None)
+        return PatchSelection(normalised, mask, mask.sum(1), None)
     assert top_k is not None
     mask = highest(normalised, top_k) ^ context
     kept_count = top_k if context else mask.shape[1] - top_k
-    return Selection(normalised, mask, mask.sum(1), kept_tokens(~mask, kept_count))
+    return PatchSelection(normalised, mask, mask.sum(1), kept_tokens(~mask, kept_count))
 
 
 def highest(values_NP: Tensor, k: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cammask_fast.kernels import backend
-from cammask_fast.kernels.backend import interpreter_obstacle, set_backend, uses_triton
+from cammask_fast.kernels.backend import interpreter_ineligible, set_backend, uses_triton
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from cammask_fast.kernels.backend import interpreter_obstacle, set_backend, uses
      ("3.10.0+git1", "2.5.0", True)],
 )  # fmt: skip
 def test_old_interpreters_need_an_old_numpy(triton: str, numpy: str, works: bool) -> None:
-    said = interpreter_obstacle(triton, numpy)
+    said = interpreter_ineligible(triton, numpy)
     assert (
         said is None
         if works
@@ -25,7 +25,7 @@ def test_old_interpreters_need_an_old_numpy(triton: str, numpy: str, works: bool
 
 def test_an_interpreter_that_cannot_run_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "INTERPRETED", True)
-    monkeypatch.setattr(backend, "interpreter_obstacle", lambda: interpreter_obstacle("3.6.0", "2.4.6"))
+    monkeypatch.setattr(backend, "interpreter_ineligible", lambda: interpreter_ineligible("3.6.0", "2.4.6"))
     previous = set_backend("triton")
     try:
         with pytest.raises(ValueError, match=r"^normalise: the interpreter of Triton 3\.6\.0 .* pip install 'numpy<2\.4'"):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cammask_fast.kernels.backend import INTERPRETED
 from cammask_fast.kernels.cls_relevance import cls_relevance as kernel_cls_relevance
-from cammask_fast.kernels.cls_relevance import cls_relevance_obstacle, plan_cls_relevance
+from cammask_fast.kernels.cls_relevance import cls_relevance_ineligible, plan_cls_relevance
 from cammask_fast.kernels.launch import Launch
 from cammask_fast.kernels.reference import cls_relevance
 
@@ -279,14 +279,14 @@ def test_kernel_on_zero_relevance_zero_gradients_and_the_top_row(triton_backend:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("place", ["q", "k", "v", "grad_out", "relevance"])
+@pytest.mark.parametrize("argument", ["q", "k", "v", "grad_out", "relevance"])
 @pytest.mark.parametrize("last", [False, True])
-def test_a_nan_reaches_the_output(triton_backend: torch.device, place: str, last: bool) -> None:
+def test_a_nan_reaches_the_output(triton_backend: torch.device, argument: str, last: bool) -> None:
     inputs = dict(
         zip(("relevance", "q", "k", "v", "grad_out"), layer(2, 1, 50, 32, dtype=torch.float32, last=last), strict=True)
     )
     inputs = {name: value.clone().to(triton_backend) for name, value in inputs.items()}
-    inputs[place][1][..., 0] = math.nan
+    inputs[argument][1][..., 0] = math.nan
     out = kernel_cls_relevance(**inputs)
     assert out[0].isfinite().all()
     assert out[1].isnan().any()
@@ -330,7 +330,7 @@ def test_launches() -> None:
 @pytest.mark.parametrize("width", [32, 64])
 def test_both_passes_round_a_score_in_the_same_tile(width: int, dtype: torch.dtype) -> None:
     statistics_launch, layer_launch, _ = planned(50, has_lse=False, width=width, dtype=dtype)
-    for name in ("BLOCK_Q", "BLOCK_K", "HEAD", "PRECISION"):
+    for name in ("BLOCK_Q", "BLOCK_K", "HEAD_DIM", "PRECISION"):
         assert statistics_launch.arguments[name] == layer_launch.arguments[name], name
     assert statistics_launch.options == layer_launch.options
 
@@ -392,7 +392,7 @@ def test_asking_for_triton_without_a_gpu_says_why(triton_backend: torch.device) 
 
 def test_obstacles() -> None:
     def obstacle(*inputs: Tensor) -> str:
-        return str(cls_relevance_obstacle(*inputs))
+        return str(cls_relevance_ineligible(*inputs))
 
     fine = layer(1, 1, 9, 32, dtype=torch.float32)
     assert obstacle(*fine) == "None"

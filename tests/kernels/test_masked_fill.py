@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cammask_fast.kernels.backend import INTERPRETED
 from cammask_fast.kernels.masked_fill import masked_fill as kernel_masked_fill
 from cammask_fast.kernels.masked_fill import normalise as kernel_normalise
-from cammask_fast.kernels.masked_fill import pixels_obstacle, plan_masked_fill, plan_normalise
+from cammask_fast.kernels.masked_fill import pixels_ineligible, plan_masked_fill, plan_normalise
 from cammask_fast.kernels.reference.masked_fill import (
     CLIP_MEAN,
     CLIP_STD,
@@ -439,7 +439,7 @@ def test_asking_for_triton_without_a_gpu_says_why(triton_backend: torch.device) 
 
 
 @pytest.mark.parametrize(
-    ("images", "dtype", "selector", "obstacle"),
+    ("images", "dtype", "selector", "ineligible"),
     [
         (IMAGES, torch.float32, None, None),
         (IMAGES, torch.bfloat16, MASK, None),
@@ -452,9 +452,9 @@ def test_asking_for_triton_without_a_gpu_says_why(triton_backend: torch.device) 
         (IMAGES, torch.float32, torch.zeros(2, 1089), "1089 patches"),
     ],
 )
-def test_obstacles(images: Tensor, dtype: torch.dtype, selector: Tensor | None, obstacle: str | None) -> None:
-    found = pixels_obstacle(images, dtype, selector)
-    assert found is None if obstacle is None else re.search(obstacle, found or "")
+def test_obstacles(images: Tensor, dtype: torch.dtype, selector: Tensor | None, ineligible: str | None) -> None:
+    found = pixels_ineligible(images, dtype, selector)
+    assert found is None if ineligible is None else re.search(ineligible, found or "")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cammask_fast.kernels.backend import INTERPRETED
 from cammask_fast.kernels.patch_select import patch_select as kernel_patch_select
-from cammask_fast.kernels.patch_select import patch_select_obstacle, plan_patch_select
-from cammask_fast.kernels.reference import Selection, normalise_relevance, patch_select
+from cammask_fast.kernels.patch_select import patch_select_ineligible, plan_patch_select
+from cammask_fast.kernels.reference import PatchSelection, normalise_relevance, patch_select
 
 VALUES = st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.75, 1.0])  # few values: many ties
 
@@ -167,9 +167,9 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-def assert_same(ours: Selection, expected: Selection) -> None:
+def assert_same(ours: PatchSelection, expected: PatchSelection) -> None:
     """Every field bit for bit; NaN equals NaN."""
-    for name, mine, theirs in zip(Selection._fields, ours, expected, strict=True):
+    for name, mine, theirs in zip(PatchSelection._fields, ours, expected, strict=True):
         if mine is None or theirs is None:
             assert mine is theirs, name
         else:
@@ -319,6 +319,6 @@ def test_asking_for_triton_without_a_gpu_says_why(triton_backend: torch.device) 
 
 
 def test_obstacles() -> None:
-    assert patch_select_obstacle(torch.rand(2, 576)) is None
-    assert "577 patches" in str(patch_select_obstacle(torch.rand(2, 577)))
-    assert "float64" in str(patch_select_obstacle(torch.rand(2, 9, dtype=torch.float64)))
+    assert patch_select_ineligible(torch.rand(2, 576)) is None
+    assert "577 patches" in str(patch_select_ineligible(torch.rand(2, 577)))
+    assert "float64" in str(patch_select_ineligible(torch.rand(2, 9, dtype=torch.float64)))

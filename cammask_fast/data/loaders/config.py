@@ -1,0 +1,60 @@
+"""How images are loaded: with DALI or plain PyTorch, by how many workers, and how many bad ones are tolerated."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cammask_fast.data.loaders.dali_loader import HARDWARE_SHARE, DaliLoader, dali_installed
+from cammask_fast.data.loaders.torch_loader import TorchLoader
+from cammask_fast.data.loaders.unreadable import DEFAULT_MAX_BAD, UnreadableSamples
+from cammask_fast.data.transforms import Transform
+from cammask_fast.data.types import ImageSource
+
+LOADERS = ("auto", "dali", "torch")
+REPORT = "bad_samples.tsv"
+MOST_WORKERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """Options of both loaders. kind: `auto` is DALI where it is installed. workers: see the loaders; None: the cores that this
+    process may use, at most 8. device: where DALI's batches lie. report: file with the unreadable samples. rank, world_size:
+    this process among those that share the data. hardware_share: of the GPU's JPEG decoder."""
+
+    kind: str = "auto"
+    workers: int | None = None
+    device: torch.device | str = "cpu"
+    max_bad: float = DEFAULT_MAX_BAD
+    report: Path = Path(REPORT)
+    rank: int = 0
+    world_size: int = 1
+    hardware_share: float = HARDWARE_SHARE
+
+    def __post_init__(self) -> None:
+        if self.kind not in LOADERS:
+            raise ValueError(f"unknown loader {self.kind!r}; known: {', '.join(LOADERS)}")
+
+    @property
+    def uses_dali(self) -> bool:
+        return self.kind == "dali" or (self.kind == "auto" and dali_installed())
+
+    def build(
+        self, source: ImageSource, transform: Transform, *, batch_size: int, shuffle: bool = False, seed: int = 0
+    ) -> TorchLoader | DaliLoader:
+        """The loader of a source. Raises ValueError on options that cannot work."""
+        workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if self.workers is None else self.workers
+        bad = UnreadableSamples(source.where, len(source), max_share=self.max_bad, report=self.report, writes=self.rank == 0)
+        device = torch.device(self.device)
+        if self.uses_dali:
+            return DaliLoader(
+                source, transform, batch_size=batch_size, shuffle=shuffle, seed=seed, workers=workers, bad=bad,
+                rank=self.rank, world_size=self.world_size, device=device, hardware_share=self.hardware_share,
+            )  # fmt: skip
+        return TorchLoader(
+            source, transform, batch_size=batch_size, shuffle=shuffle, seed=seed, workers=workers, bad=bad,
+            rank=self.rank, world_size=self.world_size, pin_memory=device.type == "cuda",
+        )  # fmt: skip

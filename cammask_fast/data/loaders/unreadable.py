@@ -1,0 +1,72 @@
+"""Samples that cannot be read: counted, listed in a file, and never the end of a run until there are too many."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cammask_fast.distributed import all_gather_object
+
+DEFAULT_MAX_BAD = 0.01
+
+
+class UnreadableSamples:
+    """The unreadable samples of one source.
+
+    where: what the samples belong to, for messages. total: samples of the source. max_share: largest share of unreadable ones.
+    report: file to which `name<TAB>reason` is added for each, once; created with the first. writes: whether this process does
+    so; see `gather`.
+    """
+
+    def __init__(self, where: str, total: int, *, max_share: float = DEFAULT_MAX_BAD, report: Path, writes: bool = True):
+        if not 0 <= max_share <= 1:
+            raise ValueError(f"--max-bad: expected a share in [0, 1], got {max_share}")
+        self.where, self.total, self.max_share, self.report = where, total, max_share, report
+        self.writes = writes
+        self.reasons: dict[str, str] = {}
+        self._listed: set[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, name: str, reason: str) -> None:
+        """Count and list a sample; the same one counts once. Raises ValueError when more than `max_share` are unreadable."""
+        if name in self.reasons:
+            return
+        self.reasons[name] = reason
+        self._write(name, reason)
+        if len(self) > self.max_share * self.total:
+            raise ValueError(
+                f"{self.summary()}, more than --max-bad {self.max_share:g} allows; the last is {name} ({reason}): "
+                "remove or replace them"
+            )
+
+    def gather(self) -> None:
+        """Learn of the unreadable samples of all processes; to be called by all of them."""
+        for reasons in all_gather_object(self.reasons):
+            for name in reasons.keys() - self.reasons.keys():
+                self.reasons[name] = reasons[name]
+                self._write(name, reasons[name])
+
+    def summary(self) -> str:
+        share = len(self) / max(1, self.total)
+        return f"{len(self)} of {self.total} images of {self.where} ({share:.2%}) cannot be read, listed in {self.report}"
+
+    def _write(self, name: str, reason: str) -> None:
+        if not self.writes:
+            return
+        line = f"{name}\t{reason}".replace("\r", " ").replace("\n", " ")
+        try:
+            self.report.parent.mkdir(parents=True, exist_ok=True)
+            if self._listed is None:  # by this run, before it was interrupted
+                lines = self.report.read_text(encoding="utf-8", errors="replace").splitlines() if self.report.exists() else []
+                self._listed = set(lines)
+            if line in self._listed:
+                return
+            with self.report.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            self.writes = False
+            print(
+                f"cammask: warning: cannot list unreadable images in {self.report} ({error.strerror or error})", file=sys.stderr
+            )

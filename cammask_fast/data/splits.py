@@ -1,0 +1,95 @@
+"""Parts of a source: held-out images, a few per class, some of the classes, other labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cammask_fast.data.datasets.image_folder import some
+from cammask_fast.data.sampler import epoch_order
+from cammask_fast.data.types import ImageSource
+
+Source = TypeVar("Source", bound=ImageSource)
+
+
+def labelled_by(source: Source, folders: Sequence[str]) -> Source:
+    """The same images with labels that index `folders`. Raises ValueError for a class that is not among them."""
+    known = {name: index for index, name in enumerate(folders)}
+    unknown = [name for name in source.folders if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{source.where} has class folders outside the {len(folders)} known classes: {some(unknown)}; "
+            f"known: {some(tuple(folders))}. Rename or remove them"
+        )
+    new_label = torch.tensor([known[name] for name in source.folders])
+    return source.with_classes(tuple(folders), new_label[source.labels])
+
+
+def of_classes(source: Source, folders: Sequence[str]) -> Source:
+    """The images of the given classes alone, labelled by their order. Raises ValueError for classes without images."""
+    chosen = tuple(dict.fromkeys(folders))
+    missing = [name for name in chosen if name not in source.folders]
+    if missing or not chosen:
+        raise ValueError(f"{source.where} has no class {some(missing)}; it has {some(source.folders)}")
+    new_label = torch.full((len(source.folders),), -1)
+    new_label[torch.tensor([source.folders.index(name) for name in chosen])] = torch.arange(len(chosen))
+    kept = source.subset((new_label[source.labels] >= 0).nonzero()[:, 0])
+    return kept.with_classes(chosen, new_label[kept.labels])
+
+
+def few_shot(source: Source, shots: int, *, seed: int) -> Source:
+    """`shots` images of every class, drawn by `seed`, in the source's order; all images of a class that has fewer."""
+    if shots < 1:
+        raise ValueError(f"--shots: expected 1 or more, got {shots}")
+    rank = _rank_within_class(source.labels, seed=seed)
+    return source.subset((rank < shots).nonzero()[:, 0])
+
+
+def hold_out(source: Source, *, share: float, seed: int) -> tuple[Source, Source]:
+    """Split off `share` of every class, at least one image each and never the last one. Returns (rest, held out)."""
+    counts = torch.bincount(source.labels, minlength=len(source.folders))
+    single = [name for name, count in zip(source.folders, counts.tolist(), strict=True) if count == 1]
+    if single:
+        raise ValueError(
+            f"only one image in class {some(single)} of {source.where}, and a validation image must be held out: "
+            "add images, give a val/ folder, or pass --val-share 0"
+        )
+    return _split(source, (share * counts).round().long().clamp(min=1).minimum(counts - 1), seed=seed)
+
+
+def hold_out_images(source: Source, images: int, *, seed: int) -> tuple[Source, Source]:
+    """Split off `images` images in the proportions of the classes (largest remainders), never the last one of a class.
+    Returns (rest, held out). Raises ValueError when the source has too few."""
+    counts = torch.bincount(source.labels, minlength=len(source.folders))
+    spare = int((counts - 1).clamp(min=0).sum())
+    if not 0 < images <= spare:
+        raise ValueError(f"--val-images: expected 1 to {spare} of the {len(source)} images of {source.where}, got {images}")
+    exact = images * counts.double() / len(source)
+    taken = exact.floor().long()  # below `counts` in every class that has images, as `images` is below their number
+    remainder = exact - taken
+    while (short := images - int(taken.sum())) > 0:
+        open_classes = taken < counts - 1
+        best = torch.where(open_classes, remainder, -torch.inf).argsort(descending=True, stable=True)
+        chosen = best[: min(short, int(open_classes.sum()))]
+        taken[chosen] += 1
+        remainder[chosen] -= 1
+    return _split(source, taken, seed=seed)
+
+
+def _split(source: Source, taken: Tensor, *, seed: int) -> tuple[Source, Source]:
+    held = _rank_within_class(source.labels, seed=seed) < taken[source.labels]
+    return source.subset((~held).nonzero()[:, 0]), source.subset(held.nonzero()[:, 0])
+
+
+def _rank_within_class(labels: Tensor, *, seed: int) -> Tensor:
+    """For every image its rank among those of its class in a shuffled order, int64 (M,)."""
+    order = epoch_order(len(labels), seed=seed, epoch=0)
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = torch.bincount(labels)
+    first = (counts.cumsum(0) - counts)[labels[by_class]]
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels)) - first
+    return rank

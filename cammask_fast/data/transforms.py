@@ -1,0 +1,235 @@
+"""From an encoded image to uint8 pixels: the paper's transform and the augmentations, drawn per sample."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import v2
+
+LONGEST = 16
+"""Images more than this many times as long as wide are first cut to it about their centre, so that memory stays bounded."""
+ORIENTATION = 0x0112  # EXIF tag
+EXACT_MODES = ("RGB", "L")
+RAND_AUGMENT_BINS = 31
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Augmentations of training images; the paper uses none, which is the default. Applied in the order of the fields."""
+
+    random_crop: float = 0.0
+    """Smallest share of the image's area in a random resized crop (aspect 3/4 to 4/3); 0: the centre crop."""
+    flip: bool = False
+    """Mirror half of the images."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation are scaled by factors in [1 - s, 1 + s]."""
+    rand_augment: tuple[int, int] = (0, 0)
+    """RandAugment's number of operations and magnitude (0 to 30); 0 operations: off."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.random_crop <= 1:
+            raise ValueError(f"random-crop: expected the smallest share of the area, 0 to 1, got {self.random_crop}")
+        if not 0 <= self.color_jitter < 1:
+            raise ValueError(f"color-jitter: expected a strength from 0 to below 1, got {self.color_jitter}")
+        operations, magnitude = self.rand_augment
+        if operations < 0 or not 0 <= magnitude < RAND_AUGMENT_BINS:
+            raise ValueError(
+                f"rand-augment: expected OPERATIONS,MAGNITUDE with a magnitude of 0 to 30, got {self.rand_augment}"
+            )
+
+    @classmethod
+    def parse(cls, words: list[str] | tuple[str, ...]) -> Augment:
+        """From words such as `random-crop=0.08 flip color-jitter=0.4 rand-augment=2,9`. Raises ValueError on others."""
+        known = {"random-crop": "0.08", "flip": "", "color-jitter": "0.4", "rand-augment": "2,9"}
+        values: dict[str, str] = {}
+        for word in words:
+            name, given, value = word.partition("=")
+            if name not in known or (name == "flip" and given):
+                raise ValueError(
+                    f"unknown augmentation {word!r}; known: {', '.join(f'{k}={v}' if v else k for k, v in known.items())}"
+                )
+            values[name] = value if given else known[name]
+        try:
+            operations, magnitude = (int(part) for part in values.get("rand-augment", "0,0").split(","))
+            return cls(
+                random_crop=float(values.get("random-crop", 0)),
+                flip="flip" in values,
+                color_jitter=float(values.get("color-jitter", 0)),
+                rand_augment=(operations, magnitude),
+            )
+        except ValueError as error:
+            raise ValueError(f"--augment {' '.join(words)}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """size: side of the square output in pixels. border: pixels cut off on every side first. seed: of the augmentations."""
+
+    size: int
+    border: int = 0
+    augment: Augment = field(default_factory=Augment)
+    seed: int = 0
+
+    def sample_params(self, epoch: int, sample_id: int, width: int, height: int) -> AugmentParams:
+        """The random numbers of one sample: a function of (seed, epoch, sample_id) and its size, so that a resumed run and
+        every loader draw the same."""
+        augment = self.augment
+        if augment == Augment():
+            return AugmentParams(centre_window(width, height, self.size), centred=True)
+        random = np.random.default_rng((self.seed, epoch, sample_id))
+        window = random_window(width, height, augment.random_crop, random) if augment.random_crop else None
+        operations = augment.rand_augment[0]
+        return AugmentParams(
+            window=window or centre_window(width, height, self.size),
+            centred=window is None,
+            flip=bool(random.random() < 0.5) and augment.flip,
+            jitter=tuple(1 + augment.color_jitter * (2 * random.random(3) - 1)) if augment.color_jitter else (1.0, 1.0, 1.0),
+            operations=tuple(random.random(operations).tolist()),
+            signs=tuple(random.integers(0, 2, operations).tolist()),
+            seed=int(random.integers(2**31)),
+        )
+
+
+class AugmentParams(NamedTuple):
+    """What happens to one sample. window: left, top, right, bottom in pixels of the image, scaled to the whole output.
+    centred: the window is the centre crop. jitter: factors of brightness, contrast and saturation. operations: a number in
+    [0, 1) that chooses each operation of RandAugment; signs: whether its magnitude is negated; seed: for torchvision's."""
+
+    window: tuple[float, float, float, float]
+    centred: bool
+    flip: bool = False
+    jitter: tuple[float, ...] = (1.0, 1.0, 1.0)
+    operations: tuple[float, ...] = ()
+    signs: tuple[int, ...] = ()
+    seed: int = 0
+
+
+def resized(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """Width and height after resizing the short side to `size`, then left and top of the centre crop, rounded as in
+    torchvision's Resize and CenterCrop."""
+    short = min(width, height)
+    width, height = int(size * width / short), int(size * height / short)
+    return width, height, round((width - size) / 2.0), round((height - size) / 2.0)
+
+
+def centre_window(width: int, height: int, size: int) -> tuple[float, float, float, float]:
+    """The pixels of an image that `resized` and the centre crop show: left, top, right, bottom."""
+    new_width, new_height, left, top = resized(width, height, size)
+    across, down = width / new_width, height / new_height
+    return left * across, top * down, (left + size) * across, (top + size) * down
+
+
+def random_window(
+    width: int, height: int, smallest: float, random: np.random.Generator
+) -> tuple[float, float, float, float] | None:
+    """A window of `smallest` to 1 of the area with an aspect of 3/4 to 4/3; None where ten tries find none that fits."""
+    for _ in range(10):
+        area = width * height * random.uniform(smallest, 1.0)
+        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < across <= width and 0 < down <= height:
+            left, top = int(random.integers(width - across + 1)), int(random.integers(height - down + 1))
+            return float(left), float(top), float(left + across), float(top + down)
+    return None
+
+
+def opened(data: bytes) -> Image.Image:
+    """The image behind encoded bytes, its header read and its pixels not. Raises ValueError on bytes that are no image."""
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # large images and odd metadata
+            return Image.open(io.BytesIO(data))
+    except Exception as error:  # damaged files raise anything from struct.error to DecompressionBombError
+        raise ValueError(_reason(error)) from None
+
+
+def to_rgb(image: Image.Image, *, border: int = 0) -> Image.Image:
+    """Pixels in RGB: turned by EXIF, 16 bits scaled to 8, the first frame of an animation, `border` pixels cut off on every
+    side, cut to `LONGEST`. Transparency is dropped. Raises ValueError on pixels that cannot be decoded."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")
+            image = image.convert("RGB")
+    except Exception as error:  # as in `opened`
+        raise ValueError(_reason(error)) from None
+    width, height = image.size
+    if border:
+        if min(width, height) <= 2 * border:
+            raise ValueError(f"{width} x {height} pixels and a border of {border}")
+        image = image.crop((border, border, width - border, height - border))
+        width, height = image.size
+    longest = LONGEST * min(width, height)
+    if max(width, height) > longest:
+        left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+        image = image.crop((left, top, min(width, left + longest), min(height, top + longest)))
+    return image
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (H, W, 3)."""
+    return torch.from_numpy(np.array(image))
+
+
+def placed(pixels: Tensor, draw: AugmentParams, size: int) -> Tensor:
+    """The window of an image, uint8 (H, W, 3), as (size, size, 3): bicubic with antialiasing.
+
+    torchvision resizes uint8 tensors with the CPU's vector instructions, three times as fast as PIL and within 2 of 255 of it.
+    """
+    image, (height, width) = pixels.permute(2, 0, 1), pixels.shape[:2]
+    if draw.centred:
+        width, height, left, top = resized(width, height, size)
+        return _resize(image, height, width)[:, top : top + size, left : left + size].permute(1, 2, 0)
+    left, top, right, bottom = (round(edge) for edge in draw.window)
+    return _resize(image[:, top:bottom, left:right], size, size).permute(1, 2, 0)
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    return v2.functional.resize(image, [height, width], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+def decode(data: bytes, transform: Transform, *, epoch: int = 0, sample_id: int = 0) -> Tensor:
+    """One image as uint8 (size, size, 3): RGB, bicubic resize of the short side and centre crop, then the augmentations.
+
+    Sizes round as in torchvision's Resize and CenterCrop. Raises ValueError with the reason on data that cannot be decoded.
+    """
+    image = to_rgb(opened(data), border=transform.border)
+    draw = transform.sample_params(epoch, sample_id, *image.size)
+    return augmented(placed(to_pixels(image), draw, transform.size), draw, transform.augment)
+
+
+def augmented(pixels: Tensor, draw: AugmentParams, augment: Augment) -> Tensor:
+    """What follows the crop: flip, jitter, RandAugment, with torchvision. pixels: uint8 (H, W, 3)."""
+    image = pixels.permute(2, 0, 1)
+    if draw.flip:
+        image = image.flip(2)
+    if augment.color_jitter:
+        brightness, contrast, saturation = draw.jitter
+        image = v2.functional.adjust_brightness(image, brightness)
+        image = v2.functional.adjust_contrast(image, contrast)
+        image = v2.functional.adjust_saturation(image, saturation)
+    operations, magnitude = augment.rand_augment
+    if operations:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw.seed)
+            image = v2.RandAugment(operations, magnitude, RAND_AUGMENT_BINS)(image)
+    return image.permute(1, 2, 0)
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).splitlines()[0] if str(error) else ""
+    if "cannot identify image file" in text:
+        return "not an image in a known format"
+    return text or type(error).__name__

@@ -1,0 +1,1 @@
+"""The demo: pre-training of the tiny CLIP, the runs of all methods, and their report."""

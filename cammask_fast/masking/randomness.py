@@ -1,0 +1,57 @@
+"""The one place where masking draws random numbers. They are inputs of selection and fill, so results can be reproduced."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cammask_fast.masking.strategy import Strategy
+
+
+class MaskRandomness(NamedTuple):
+    """uniform: float32 (N, P) in [0, 1), for random masks. donors: int64 (N,) for single-fill, (N, P) for multi-fill.
+    kept_tokens: int64 (N, n_keep + 1), CLS (0) first, then patch + 1 ascending, for random no-fill.
+    pool: the images (M, …) that donors refer to, of which first..first + N - 1 are the batch; without it they are the batch.
+    None where the strategy does not use it."""
+
+    uniform: Tensor | None = None
+    donors: Tensor | None = None
+    kept_tokens: Tensor | None = None
+    pool: Tensor | None = None
+    first: int = 0
+
+    def part(self, first: int, count: int, pool: Tensor) -> MaskRandomness:
+        """Those of the images first..first + count - 1 of the batch `pool` that was drawn for."""
+        uniform, donors, kept = (
+            None if t is None else t[first : first + count] for t in (self.uniform, self.donors, self.kept_tokens)
+        )
+        return MaskRandomness(uniform, donors, kept, None if donors is None else pool, first)
+
+
+def sample_mask_randomness(strategy: Strategy, *, count: int, patches: int, generator: torch.Generator) -> MaskRandomness:
+    """Draw for a batch of `count` images with `patches` patches each, on the generator's device.
+
+    Single-fill: donors are a random permutation of the batch, as in the paper; a fixed point (one per batch on average)
+    leaves its image unmasked. Multi-fill: donor = (n + shift) mod N with shift in 1..N-1, never the image itself.
+    Order and shapes of the draws are the authors', so the same CPU seed gives their masks (random no-fill excepted).
+    Raises ValueError where a donor is needed and the batch has one image.
+    """
+    device = generator.device
+    if strategy.fill != "none" and count < 2:
+        raise ValueError(f"{strategy.fill}-fill takes patches from other images: the batch needs at least 2, got {count}")
+    uniform = donors = kept = None
+    if strategy.selection == "random":
+        uniform = torch.rand(count, patches, generator=generator, device=device)
+        if strategy.fill == "none":
+            kept = uniform.argsort(1)[:, : strategy.keep_count(patches)].sort(1).values
+            kept = F.pad(kept + 1, (1, 0))
+            uniform = None
+    if strategy.fill == "single":
+        donors = torch.randperm(count, generator=generator, device=device)
+    elif strategy.fill == "multi":
+        shift = torch.randint(1, count, (count, patches), generator=generator, device=device)
+        donors = (torch.arange(count, device=device)[:, None] + shift) % count
+    return MaskRandomness(uniform, donors, kept)

@@ -1,0 +1,207 @@
+"""The folder of a run: one run at a time, its log, and the settings with which it may go on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cammask_fast.runtime.env import launched
+
+LOCK, LOG, CHECKPOINTS, LAUNCH = "lock", "log.jsonl", "checkpoints", "launch.json"
+HEARTBEAT = 15.0
+STALE = 60.0
+"""Seconds without a heartbeat after which a lock of another machine is stale."""
+LONG_AGO = 3600.0
+"""Seconds since the last heartbeat that even clocks which disagree cannot explain."""
+RESUME_MUTABLE = ("data", "compile", "device", "max_skipped")
+"""Settings that may change when a run goes on: they do not change what it computes, but for rounding."""
+RESUME_MUTABLE_WITH_GLOBAL_DONORS = ("processes", "accumulate")
+
+
+class RunLock:
+    """One run per folder. The kernel frees a lock when its owner dies; where a file system does not share locks between
+    machines, a heartbeat in the lock file stands for them.
+
+    Entering raises ValueError with the owner's machine and process when another run has the folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / LOCK
+        self._over = threading.Event()
+
+    def __enter__(self) -> RunLock:
+        while not (free := self._taken()) and free is None:
+            self._file.close()
+        if not free or self._owner_lives():
+            owner = self._owner()
+            self._file.close()
+            raise ValueError(
+                f"{self.path.parent} belongs to a run that is under way (process {owner.get('pid', '?')} on "
+                f"{owner.get('host', '?')}): choose another --out or stop that run"
+            )
+        self._file.truncate(0)
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}, self._file)
+        self._file.flush()
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        with contextlib.suppress(OSError):
+            self._file.truncate(0)
+            if {path.name for path in self.path.parent.iterdir()} <= {LOCK, LAUNCH}:  # nothing came of the run
+                for name in (LAUNCH, LOCK):
+                    (self.path.parent / name).unlink(missing_ok=True)
+                self.path.parent.rmdir()
+        self._file.close()
+
+    def _taken(self) -> bool | None:
+        """Whether the kernel gave us the lock, None where the file was removed meanwhile."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a loader's processes would inherit
+            there = self.path.stat().st_ino
+        except (BlockingIOError, PermissionError):
+            return False
+        except FileNotFoundError:
+            return None
+        except OSError:  # this file system has no locks
+            return True
+        return True if there == os.fstat(self._file.fileno()).st_ino else None
+
+    def _owner(self) -> dict[str, Any]:
+        try:
+            self._file.seek(0)  # another file object for it would free the lock when it is closed
+            owner = json.loads(self._file.read())
+        except (OSError, ValueError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def _owner_lives(self) -> bool:
+        """Whether the file names a process that is still there, or another machine whose heart beats: watched for `STALE`
+        seconds, as clocks of two machines may differ."""
+        owner = self._owner()
+        if not owner:
+            return False
+        if owner.get("host") != socket.gethostname():
+            last = self.path.stat().st_mtime
+            until = time.monotonic() + (STALE if time.time() - last < LONG_AGO else 0)
+            while time.monotonic() < until:
+                time.sleep(min(1.0, STALE))
+                if self.path.stat().st_mtime != last:
+                    return True
+            return False
+        return owner.get("pid") != os.getpid() and owner.get("born") == _born(owner.get("pid")) is not None
+
+    def _beat(self) -> None:
+        while not self._over.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+
+def _born(pid: Any) -> str | None:
+    """When a process of this machine started, None without one; tells a process from a later one with its number."""
+    try:
+        return Path(f"/proc/{int(pid)}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, ValueError, TypeError, IndexError):
+        return None
+
+
+class RunLog:
+    """A JSON line per look at the run: step, mean loss of the steps since the last, learning rate, skipped steps so far."""
+
+    def __init__(self, folder: Path, *, warn: Callable[[str], None]):
+        self.path, self.warn, self.failed = folder / LOG, warn, False
+        self.pending: list[str] = []
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what came after `step`, from where the run goes on. Raises ValueError when the file cannot be written."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):  # a line that a kill has cut off
+                continue
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(self.path)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add a line, and those that could not be written before."""
+        self.pending.append(json.dumps(line) + "\n")
+        size = None
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
+                file.write("".join(self.pending).encode())
+            if self.path.stat().st_size != size + sum(map(len, self.pending)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.pending.clear()
+        except OSError as error:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)  # no half lines
+            if not self.failed:
+                self.warn(f"cannot write {self.path} ({error.strerror or error}); the run goes on and tries again")
+            self.failed = True
+
+
+def torchrun_id() -> str | None:
+    """The torchrun that started this process, which stays when it starts its processes again; None without one."""
+    return f"{socket.gethostname()} {os.getppid()} {_born(os.getppid())}" if launched() else None
+
+
+def record_launch(folder: Path, launchers: Sequence[str | None]) -> None:
+    """Leave word of who works on the run."""
+    part = folder / f"{LAUNCH}.part"
+    with contextlib.suppress(OSError):  # a full disk: only a later attempt of the same launch would read it
+        part.write_text(json.dumps(launchers), encoding="utf-8")
+        part.replace(folder / LAUNCH)
+
+
+def was_launched_by(folder: Path, launchers: Sequence[str | None]) -> bool:
+    """Whether one of them has worked on the run before, so that what is there is not of an earlier launch."""
+    try:
+        before = json.loads((folder / LAUNCH).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(before, list) and any(one is not None and one in before for one in launchers)
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run from its folder."""
+    for name in ("run.json", "best.safetensors", "last.safetensors", LOG, LAUNCH, "bad_samples.tsv"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError, naming the settings, when a run would go on with others than those it was begun with."""
+    free = set(RESUME_MUTABLE)
+    if before.get("donors") == now.get("donors") == "global":
+        free |= set(RESUME_MUTABLE_WITH_GLOBAL_DONORS)
+    different = [
+        f"{name} {now.get(name)} instead of {before.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in free and before.get(name) != now.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"the run in {path} was begun with other settings: {', '.join(different)}. Go on with those, choose another "
+            "--out, or start over with --overwrite"
+        )
