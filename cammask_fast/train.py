@@ -121,7 +121,8 @@ def fine_tune(
 
     `pretrained` is also the teacher. Without a validation loader, and for WiSE-FT, the last checkpoint counts. The loader's
     batches are optimiser steps (its share of them where several processes train); `config.accumulate` cuts them into
-    micro-batches. Raises ValueError on settings that cannot work, NonFiniteLoss, and TrainingPreempted when `run.stop` asked for it.
+    micro-batches. Raises ValueError on settings that cannot work, NonFiniteLoss, and TrainingPreempted when `run.stop` asked
+    for it.
     """
     run = Run() if run is None else run
     if config.resolved.trained == "head":

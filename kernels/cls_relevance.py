@@ -250,8 +250,8 @@ def plan_cls_relevance(
     else:
         if lse is None:
             assert statistics is not None
-            names = ("q_ptr", "k_ptr", "stride_q_n", "stride_q_head", "stride_k_n", "stride_k_head", "stride_k_l", "heads", "length",
-                     "scale", "HEAD_DIM")  # fmt: skip
+            names = ("q_ptr", "k_ptr", "stride_q_n", "stride_q_head", "stride_k_n", "stride_k_head", "stride_k_l", "heads",
+                     "length", "scale", "HEAD_DIM")  # fmt: skip
             arguments = {"m_ptr": statistics[0], "log_l_ptr": statistics[1], "stride_q_l": q.stride(2)}
             arguments |= {name: common[name] for name in names}
             arguments |= {"BLOCK_Q": tiles.block_queries, "BLOCK_K": tiles.block_keys, "PRECISION": precision}

@@ -66,8 +66,8 @@ def train_here(
         val_share=args["val_share"], val_images=args["val_images"], shots=args["shots"], classes=class_list(args["classes"])
     )
     data = open_training(
-        args["data"], image_size=vit.image_size, batch_size=share_of_batch(config, dist_info) if trains else 1, seed=config.seed,
-        subset=subset, augment=Augment.parse(args["augment"]), class_names=args["class_names"],
+        args["data"], image_size=vit.image_size, batch_size=share_of_batch(config, dist_info) if trains else 1,
+        seed=config.seed, subset=subset, augment=Augment.parse(args["augment"]), class_names=args["class_names"],
         loader_config=loader_config_of(args, device, out, dist_info),
     )  # fmt: skip
     model = zero_shot_model(arch, pretrained, data.class_names, args["templates"], device)

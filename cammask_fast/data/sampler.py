@@ -70,7 +70,7 @@ class ResumableDistributedSampler:
         return {**self._identity(), "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved position. Raises ValueError when the data, the global batch, the seed or the shuffling differ."""
+        """Continue from a saved position. Raises ValueError when data, global batch, seed or shuffling differ."""
         different = [
             f"{name} {state.get(name)} instead of {own}" for name, own in self._identity().items() if state.get(name) != own
         ]

@@ -1,4 +1,4 @@
-"""Tables and the HTML report of a demo; `python -m cammask_fast.demo.report README.md results.json` refreshes the README's table."""
+"""Tables and the HTML report of a demo; `python -m cammask_fast.demo.report PAGE.md results.json` refreshes a page's table."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ LONG_AGO = 3600.0
 """Seconds since the last heartbeat that even clocks which disagree cannot explain."""
 RESUME_MUTABLE = ("data", "compile", "device", "max_skipped")
 """Settings that may change when a run goes on: they do not change what it computes, but for rounding."""
+FORMER_VALUES = {"PlainLoader": "TorchLoader"}
+"""Values in the settings of runs that version 0.1.0 began, and what they are called now."""
 RESUME_MUTABLE_WITH_GLOBAL_DONORS = ("processes", "accumulate")
 
 
@@ -193,6 +195,7 @@ def clear(folder: Path) -> None:
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError, naming the settings, when a run would go on with others than those it was begun with."""
     free = set(RESUME_MUTABLE)
+    before = {name: FORMER_VALUES.get(value, value) if isinstance(value, str) else value for name, value in before.items()}
     if before.get("donors") == now.get("donors") == "global":
         free |= set(RESUME_MUTABLE_WITH_GLOBAL_DONORS)
     different = [

@@ -1,4 +1,4 @@
-"""Our code against tensors of the authors' code: `python -m tests.helpers.parity FILE.npz …`.
+"""Our code against tensors of the authors' code: `python -m tests.parity FILE.npz …`.
 
 One line per array of a file: name, largest error, tolerance, verdict. Exit code 1 when an array disagrees or is not understood,
 2 when a file cannot be read. Files `…-grads-a.npz` and `…-grads-b.npz` need their base file beside them.
@@ -420,10 +420,7 @@ def main(paths: list[str]) -> int:
         print(f"parity: {error}", file=sys.stderr)
         return 2
     if not paths:
-        print("usage: python -m tests.helpers.parity FILE.npz …", file=sys.stderr)
+        print("usage: python -m tests.parity FILE.npz …", file=sys.stderr)
         return 2
     return 1 if failures else 0
 
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

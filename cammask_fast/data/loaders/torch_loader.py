@@ -113,7 +113,8 @@ def error_reason(error: BaseException) -> str:
 class TorchLoader(ResumableLoader):
     """Batches of a source, decoded by `workers` processes (0: in this one) in the order of `ResumableDistributedSampler`.
 
-    Samples that cannot be read follow the rule of `replace_or_drop_unreadable`. A worker that dies ends the iteration with a ValueError.
+    Samples that cannot be read follow the rule of `replace_or_drop_unreadable`. A worker that dies ends the iteration with a
+    ValueError.
     """
 
     def __init__(
