@@ -81,8 +81,8 @@ def evaluate(
     """A score per model, in one pass over the data: every model sees each decoded batch.
 
     groups, classes: see `AccuracyMeter`; by default every logit is right for the label of the same index. The loader's ranks
-    share the images, and the scores are those of all. Models run in the precision they are stored in. Raises ValueError on an empty
-    loader.
+    share the images, and the scores are those of all. Models run in the precision they are stored in. Raises ValueError on an
+    empty loader.
     """
     outputs = models[0].head.weight.shape[0]
     groups = (torch.arange(outputs) if groups is None else groups).to(device)

@@ -1,9 +1,9 @@
 """One training step of every method: losses, gradients and the update, with the least arithmetic the method allows.
 
 The step is written once, over `StudentForward`: a forward of the student that can be differentiated at its taps and at its
-weights. Eagerly a pass is autograd's graph; in the compiled step it is `torch.func.vjp`, which traces into one flat graph. One clean
-forward serves the CAM and the task loss; the CAM's pullback computes no weight gradients; the clean graph is gone before the
-masked forward begins.
+weights. Eagerly a pass is autograd's graph; in the compiled step it is `torch.func.vjp`, which traces into one flat graph. One
+clean forward serves the CAM and the task loss; the CAM's pullback computes no weight gradients; the clean graph is gone before
+the masked forward begins.
 """
 
 from __future__ import annotations
