@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+
+from cammask_fast.cli import Parser
 
 COMMANDS = {
     "kernels": ("bench.kernels", "what the kernels need, compiled without a GPU, or the CPU path against op by op"),
@@ -19,13 +19,6 @@ COMMANDS = {
     "report": ("bench.report", "write the tables of bench/results into the README"),
 }
 """Module with add_arguments(parser) and main(options) -> exit code, imported when the command is chosen."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as a ValueError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from bench.records import cpu_environment, gpu_environment, markdown_table, show
+from bench.records import cpu_environment, gpu_environment, show
 from bench.step.race import models, random_batch
 from cammask_fast.checkpoint import Checkpoints
 from cammask_fast.config import TrainConfig
 from cammask_fast.model.pretrained import vit_config
 from cammask_fast.state import Snapshot, TrainState
 from cammask_fast.step import build_strategy, build_train_step, sample_step_randomness
+from cammask_fast.viz.tables import markdown_table
 
 EVERY = 500
 """Steps between two checkpoints, the default of `cammask train`."""

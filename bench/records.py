@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from cammask_fast.runtime.machine import cpu_name
 
 ROOT = Path(__file__).parent.parent
 Function = Callable[[], object]
@@ -64,15 +65,6 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def versions() -> dict[str, Any]:
     return {"torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
 
@@ -115,11 +107,3 @@ def show(records: Sequence[Mapping[str, Any]], table: str, *, as_json: bool, out
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(lines)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up in a terminal too."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    padded = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    return "\n".join([padded[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *padded[1:]])

@@ -9,8 +9,9 @@ from typing import Any
 
 from bench.data import loaders
 from bench.kernels.cpu import markdown
-from bench.records import ROOT, markdown_table, read
+from bench.records import ROOT, read
 from bench.step import cam_options, time_to_accuracy
+from cammask_fast.viz.tables import markdown_table
 
 NO_GPU = "No GPU figures yet: none has been measured."
 NO_CPU = "No CPU figures yet: none has been measured."

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from bench.records import ROOT, markdown_table
+from bench.records import ROOT
 from bench.step.race import CLASSES, Race, counted
 from cammask_fast.config import TrainConfig
 from cammask_fast.distributed import BUCKET_BYTES
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer
+from cammask_fast.viz.tables import markdown_table
 
 ARCHS = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
 GPUS = (8, 64, 512)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import cammask_fast
 from cammask_fast import __version__
-from cammask_fast.config import COMPILE, METHODS, PRECISIONS
+from cammask_fast.config import PRECISIONS, OptimConfig, TrainConfig, options_of
 from cammask_fast.runtime.env import launched
 from cammask_fast.runtime.signals import EXIT_CODE, TrainingPreempted
 
@@ -106,7 +106,7 @@ def build_parser() -> Parser:
     _training(train)
     _surviving(train)
     folder = "folder of the weights, run.json, log.jsonl and checkpoints (default: runs/METHOD-seedSEED)"
-    _shared(train, out=(None, folder), precisions=PRECISIONS)
+    _shared(train, out=(None, folder), precisions=())
 
     text = "accuracy of a checkpoint on folders, shards, ImageNet and its shifts, or the benchmark's test sets"
     evaluate = command("evaluate", "evaluation.run_evaluate", text)
@@ -213,34 +213,33 @@ def _shared(
     devices: tuple[str, ...] = ("cpu", "cuda"),
     precisions: tuple[str, ...] = ("fp32",),
 ) -> None:
+    """Options of several commands. precisions: choices of `--precision`, none for a command that has it from its settings."""
     if out is not None:
         default, text = out
         default_text = f" (default: {default})" if default else ""
         parser.add_argument("--out", type=Path, default=default and Path(default), help=text + default_text)
     parser.add_argument("--device", choices=devices, help="default: cuda where the command and the machine have it")
-    automatic = "auto" in precisions
-    text = "type of the products; auto (default): bf16 on cuda, else fp32" if automatic else "only fp32 here"
-    parser.add_argument("--precision", choices=precisions, default=None if automatic else "fp32", help=text)
+    if precisions:
+        automatic = "auto" in precisions
+        text = "type of the products; auto (default): bf16 on cuda, else fp32" if automatic else "only fp32 here"
+        parser.add_argument("--precision", choices=precisions, default=None if automatic else "fp32", help=text)
+
+
+def _settings(parser: Parser, settings: type) -> None:
+    """An option per field; None where it is not given, so that a recipe's value counts."""
+    for one in options_of(settings):
+        flag, choices = f"--{one.name.replace('_', '-')}", [choice for choice in one.choices if choice]
+        text = one.help if "default" in one.help or one.default == "" else f"{one.help} (default: {one.default})"
+        metavar = one.metavar or ("{" + ",".join(choices) + "}" if choices else None)
+        more: dict[str, Any] = {} if one.bare is None else {"nargs": "?", "const": one.bare}
+        parser.add_argument(flag, type=one.kind, metavar=metavar, help=text.replace("%", "%%"), **more)
 
 
 def _training(parser: Parser) -> None:
-    """Options of `TrainConfig`; those that are not given come from the recipe, else from the paper."""
+    """What trains and how; settings that are not given come from the recipe, else from the paper."""
     parser.add_argument("--recipe", metavar="NAME", help="`cammask recipes` lists them; other options override it")
-    parser.add_argument("--method", help=", ".join(METHODS))
-    parser.add_argument("--masking", metavar="STRATEGY", help="such as CtxMaskMultiFill(0.3)")
-    parser.add_argument("--distill", help="fd or kd")
-    parser.add_argument("--w-distill", type=float, help="weight of the distillation loss")
-    parser.add_argument("--cam", help="mm-cam or grad-cam")
-    parser.add_argument("--cam-start-layer", type=int, help="first layer of MM-CAM's rollout (0: all)")
-    parser.add_argument("--upsample", help="nearest or bilinear")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--accumulate", type=int, help="micro-batches per optimiser step")
-    text = "the step as one compiled graph: a mode of torch.compile, or off (default: default on cuda, else off)"
-    parser.add_argument("--compile", nargs="?", const="default", choices=COMPILE, metavar="MODE", help=text)
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--alpha", type=float, help="WiSE-FT's share of the fine-tuned weights")
-    parser.add_argument("--seed", type=int)
+    for settings in (TrainConfig, OptimConfig):
+        _settings(parser, settings)
     parser.add_argument("--val-share", type=float, help="hold out this share of each class (default: val/, else 0.1)")
     parser.add_argument("--val-images", type=int, metavar="N", help="hold out N images, stratified (the paper: 10240)")
     parser.add_argument("--shots", type=int, metavar="K", help="train on K images per class, or all of a class that has fewer")
@@ -252,9 +251,6 @@ def _training(parser: Parser) -> None:
 
 def _surviving(parser: Parser) -> None:
     """How a run is kept, and what it shares with other processes."""
-    parser.add_argument(
-        "--donors", help="batch: fill from the process's own micro-batch (default); global: from all processes'"
-    )
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="steps between checkpoints (default: 500)")
     parser.add_argument(
         "--keep", type=int, default=2, metavar="N", help="newest checkpoints to keep, beside the best (default: 2)"
@@ -262,8 +258,6 @@ def _surviving(parser: Parser) -> None:
     parser.add_argument(
         "--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of log.jsonl (default: 10)"
     )
-    text = "stop after this many steps in a row whose loss or gradients are not finite (default: 10)"
-    parser.add_argument("--max-skipped", type=int, metavar="STEPS", help=text)
     text = "without progress for so long, end all processes (default: 600)"
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out, or begun there")

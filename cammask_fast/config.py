@@ -8,10 +8,46 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
-PRECISIONS = ("auto", "bf16", "tf32", "fp32")
-COMPILE = ("auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+Precision = Literal["auto", "bf16", "tf32", "fp32"]
+Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+
+def option(default: Any, help: str, *, metavar: str | None = None, bare: str | None = None) -> Any:
+    """A setting that is also a command-line option: its name with dashes, its type, its default and its help.
+
+    Args:
+        default: the paper's value, or that of the shipped recipes.
+        help: one or two sentences, shown by `cammask train --help`; `%` need not be escaped.
+        metavar: what the help shows in the place of a value (default: the choices of a Literal, else the name).
+        bare: the value that the option stands for without one; None: it needs one.
+    """
+    return field(default=default, metadata={"help": help, "metavar": metavar, "bare": bare})
+
+
+class Option(NamedTuple):
+    """A command-line option of a settings class. choices: of a Literal, empty otherwise."""
+
+    name: str
+    kind: type
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+    metavar: str | None
+    bare: str | None
+
+
+def options_of(settings: type) -> list[Option]:
+    """The options of a settings class, in the order of its fields."""
+    found = []
+    for entry in fields(settings):
+        if "help" in entry.metadata:
+            choices = tuple(get_args(get_type_hints(settings)[entry.name]))
+            kind = type(entry.default)
+            found.append(Option(entry.name, kind, choices, entry.default, **entry.metadata))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +82,17 @@ METHODS: Mapping[str, Method] = {
 class OptimConfig:
     """AdamW and its one-cycle schedule; the paper's values are the defaults."""
 
-    lr: float = 3e-5
-    """Peak learning rate."""
-    weight_decay: float = 0.1
-    """On all parameters; a linear probe uses 0."""
-    clip_norm: float = 1.0
-    """Global gradient norm, clipped once per optimiser step."""
-    beta2: float = 0.999
-    eps: float = 1e-8
-    pct_start: float = 0.02
-    """Share of the steps in which the learning rate rises."""
-    div_factor: float = 25.0
-    final_div_factor: float = 1e4
+    lr: float = option(3e-5, "peak learning rate")
+    weight_decay: float = option(0.1, "weight decay on all parameters; a linear probe uses 0")
+    clip_norm: float = option(1.0, "global gradient norm, clipped once per optimiser step")
+    beta2: float = option(0.999, "AdamW's decay of the second moment")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    pct_start: float = option(0.02, "share of the steps in which the learning rate rises", metavar="SHARE")
+    div_factor: float = option(25.0, "peak learning rate over the first one")
+    final_div_factor: float = option(1e4, "first learning rate over the last one")
 
     def __post_init__(self) -> None:
-        _typed(self)
+        _check_types(self)
         _positive(self, "lr", "clip_norm", "eps", "div_factor", "final_div_factor")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
@@ -70,50 +102,51 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One fine-tuning run; the defaults are the paper's recipe."""
+    """One fine-tuning run; the defaults are the paper's recipe. A field is an option of `cammask train` (see `option`)."""
 
-    method: str = "masked-object"
-    masking: str = ""
-    """Strategy under the paper's name (`CtxMaskMultiFill(0.3)`); empty: the method's own."""
-    distill: str = ""
-    """`fd` or `kd`; empty: the method's own."""
-    cam: str = "mm-cam"
-    """`mm-cam` or `grad-cam`."""
-    cam_start_layer: int = 0
-    """First layer of the MM-CAM rollout; 0 is the paper's (all layers)."""
-    upsample: str = "nearest"
-    """How the relevance map meets the pixels: `nearest` (the paper's) or `bilinear`."""
-    w_task: float = 1.0
-    w_distill: float = 30.0
-    kd_temperature: float = 10.0
-    epochs: int = 10
-    batch_size: int = 512
-    accumulate: int = 1
-    """Micro-batches per optimiser step; each holds batch_size / accumulate images."""
-    donors: str = "batch"
-    """Where a fill takes patches from: the micro-batch of the own process (`batch`, the paper's), or the `global` batch of all
-    processes, drawn by position in it, so that the same seed gives the same run on any number of processes."""
-    max_skipped: int = 10
-    """Steps in a row with a loss or gradient that is not finite, after which the run stops. Such steps change no weight."""
-    seed: int = 0
-    precision: str = "auto"
-    """Type of the products: `bf16` (float32 master weights, norms, losses, relevance and optimiser), `tf32` (float32 whose
-    products run on TF32 matrix units where there are any), `fp32`, or `auto`: bf16 on CUDA, fp32 elsewhere."""
-    compile: str = "auto"
-    """The step as one compiled graph: a mode of torch.compile, `off` (eager), or `auto`: `default` on CUDA, `off` elsewhere."""
-    alpha: float = 0.5
-    """WiSE-FT's share of the fine-tuned weights."""
+    method: str = option("masked-object", "what trains and what is distilled: " + ", ".join(METHODS), metavar="NAME")
+    masking: str = option(
+        "", "strategy under the paper's name, such as CtxMaskMultiFill(0.3) (default: the method's own)", metavar="STRATEGY"
+    )
+    distill: Literal["", "fd", "kd"] = option("", "distil features (fd) or logits (kd) (default: the method's own)")
+    cam: Literal["mm-cam", "grad-cam"] = option("mm-cam", "class activation map of the object and context masks")
+    cam_start_layer: int = option(0, "first layer of MM-CAM's rollout; 0, the paper's, is all layers", metavar="LAYER")
+    upsample: Literal["nearest", "bilinear"] = option("nearest", "how the relevance map is scaled to pixels")
+    w_task: float = option(1.0, "weight of the cross-entropy on the clean images")
+    w_distill: float = option(30.0, "weight of the distillation loss")
+    kd_temperature: float = option(10.0, "temperature of the logits' distillation (kd)")
+    epochs: int = option(10, "passes over the training images", metavar="N")
+    batch_size: int = option(512, "images per optimiser step, over all processes", metavar="N")
+    accumulate: int = option(1, "micro-batches per optimiser step; each holds batch size / accumulate images", metavar="N")
+    donors: Literal["batch", "global"] = option(
+        "batch",
+        "where a fill takes patches from: the micro-batch of the own process (batch, the paper's), or the batch of all "
+        "processes (global), drawn by position in it, so that a seed gives the same run on any number of processes",
+    )
+    max_skipped: int = option(
+        10,
+        "stop after this many steps in a row whose loss or gradients are not finite; such steps change no weight",
+        metavar="STEPS",
+    )
+    seed: int = option(0, "of the order of the images, the masks and the split; the paper uses 0, 1 and 2", metavar="N")
+    precision: Precision = option(
+        "auto",
+        "type of the matrix products: bf16 (float32 master weights, norms, losses, relevance and optimiser), tf32, fp32, or "
+        "auto: bf16 on cuda, else fp32",
+    )
+    compile: Compile = option(
+        "auto",
+        "the step as one compiled graph: a mode of torch.compile, off (eager), or auto: default on cuda, else off",
+        metavar="MODE",
+        bare="default",
+    )
+    alpha: float = option(0.5, "WiSE-FT's share of the fine-tuned weights", metavar="SHARE")
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        _typed(self)
-        _one_of(self, "method", METHODS)
-        _one_of(self, "distill", ("", "fd", "kd"))
-        _one_of(self, "cam", ("mm-cam", "grad-cam"))
-        _one_of(self, "upsample", ("nearest", "bilinear"))
-        _one_of(self, "donors", ("batch", "global"))
-        _one_of(self, "precision", PRECISIONS)
-        _one_of(self, "compile", COMPILE)
+        _check_types(self)
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
         _positive(self, "epochs", "batch_size", "accumulate", "kd_temperature", "max_skipped")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: {self.accumulate} does not divide the batch size {self.batch_size}")
@@ -150,22 +183,18 @@ class TrainConfig:
         return cls(**values, optim=OptimConfig(**optim))
 
 
-def _one_of(config: object, name: str, known: Mapping[str, object] | tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(k for k in known if k)}")
-
-
-def _typed(config: object) -> None:
-    """Every field has the type of its default; numbers are finite."""
-    for entry in fields(config):  # type: ignore[arg-type]
-        value, kind = getattr(config, entry.name), type(entry.default)
-        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            continue
-        if kind not in (float, int, str) or (kind is not float and type(value) is kind):
-            continue
-        expected = {float: "a finite number", int: "a whole number", str: "a text"}[kind]
-        raise ValueError(f"{entry.name}: expected {expected}, got {value!r}")
+def _check_types(config: object) -> None:
+    """Every field has the type of its default; numbers are finite; a Literal has one of its values."""
+    for known in options_of(type(config)):
+        value = getattr(config, known.name)
+        if known.choices and value not in known.choices:
+            raise ValueError(
+                f"unknown {known.name} {value!r}; known: {', '.join(choice for choice in known.choices if choice)}"
+            )
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not (number if known.kind is float else type(value) is known.kind):
+            expected = {float: "a finite number", int: "a whole number", str: "a text"}[known.kind]
+            raise ValueError(f"{known.name}: expected {expected}, got {value!r}")
 
 
 def _positive(config: object, *names: str) -> None:

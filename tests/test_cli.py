@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cammask_fast.checkpoint import load_classifier
-from cammask_fast.cli import main
+from cammask_fast.cli import build_parser, main
 from cammask_fast.commands import recipes
-from cammask_fast.config import TrainConfig, load_recipe, recipe_names
+from cammask_fast.commands.training import train_config
+from cammask_fast.config import OptimConfig, TrainConfig, load_recipe, options_of, recipe_names
 from cammask_fast.masking import parse_strategy
 from cammask_fast.model.zero_shot import load_tiny_clip
 from tests.test_folder import make_folder, write_image
@@ -44,6 +46,33 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 2) -> s
     assert error.count("\n") == 1
     assert error.startswith("cammask: error: ")
     return error
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, OptimConfig])
+def test_every_setting_is_an_option(settings: type, capsys: pytest.CaptureFixture[str]) -> None:
+    """A new option is one field: with its type, its choices, its default and its help."""
+    parser = build_parser()
+    for entry in fields(settings):
+        if entry.name == "optim":
+            continue
+        value = {str: "x", int: "7", float: "0.25"}[type(entry.default)]
+        args = vars(parser.parse_args(["train", "--data", "d", f"--{entry.name.replace('_', '-')}", value]))
+        assert args[entry.name] == type(entry.default)(value), "of the field's type"
+        assert vars(parser.parse_args(["train", "--data", "d"]))[entry.name] is None, "a recipe's value counts"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for one in options_of(settings):
+        assert all(choice in said for choice in one.choices)
+        assert " ".join(one.help.split()[:4]) in said
+
+
+def test_settings_reach_the_config() -> None:
+    args = vars(build_parser().parse_args(["train", "--data", "d", "--compile", "--pct-start", "0.5", "--w-task", "2"]))
+    config = train_config(args, {"epochs": 3, "w_task": 9.0, "optim": {"lr": 0.5, "pct_start": 0.1}})
+    assert (config.compile, config.epochs, config.w_task) == ("default", 3, 2.0), "options before the recipe before the paper"
+    assert config.optim == OptimConfig(lr=0.5, pct_start=0.5)
+    assert train_config(vars(build_parser().parse_args(["train", "--data", "d"])), {}) == TrainConfig()
 
 
 def test_precision_bf16_trains_float32_weights(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from cammask_fast.checkpoint import load_classifier
 from cammask_fast.checkpoint.training import read_checkpoint, write_checkpoint
 from cammask_fast.cli import main
-from cammask_fast.commands.training import TRAIN_OPTIONS
-from cammask_fast.config import METHODS, TrainConfig
+from cammask_fast.config import METHODS, OptimConfig, TrainConfig, options_of
 
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 10**12), st.floats(allow_nan=True), st.text(max_size=8),
@@ -91,9 +90,10 @@ def test_a_wrong_header_of_a_classifier_is_a_value_error(tmp_path: Path, field: 
         load_classifier(path)
 
 
+SETTINGS = [f"--{one.name.replace('_', '-')}" for one in [*options_of(TrainConfig), *options_of(OptimConfig)]]
 WORDS = st.sampled_from(
     [
-        *(f"--{name.replace('_', '-')}" for name in TRAIN_OPTIONS), "--save-every", "--keep", "--log-every", "--timeout",
+        *SETTINGS, "--save-every", "--keep", "--log-every", "--timeout",
         "--workers", "--max-bad", "--augment", "--shots", "--classes", "--val-share", "--val-images", "--recipe", "--arch",
         "--overwrite", *METHODS, "0", "-1", "1", "nan", "inf", "1e400", "0.5", "ObjMaskNoFill(0.3)",
         "ObjMask(", "flip", "", "é",

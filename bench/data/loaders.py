@@ -23,13 +23,14 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.transforms import v2
 
 from bench.data.photographs import generate
-from bench.records import cpu_environment, markdown_table, show, spread
+from bench.records import cpu_environment, show, spread
 from cammask_fast.data.datasets.image_folder import scan
 from cammask_fast.data.loaders.dali_loader import DaliLoader, dali_installed
 from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.transforms import Transform, opened, to_pixels, to_rgb
 from cammask_fast.data.types import ImageSource
+from cammask_fast.viz.tables import markdown_table
 
 SIZE = 224
 BATCH = 64

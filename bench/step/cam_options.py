@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from bench.records import cpu_environment, markdown_table
+from bench.records import cpu_environment
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
 from cammask_fast.data.datasets.texture_digits_splits import training_splits
 from cammask_fast.demo.run import evaluate_all, tiny_config
 from cammask_fast.model.zero_shot import tiny_classifier
 from cammask_fast.train import fine_tune
+from cammask_fast.viz.tables import markdown_table
 
 OPTIONS: Mapping[str, dict[str, Any]] = {
     "MM-CAM": {},

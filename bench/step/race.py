@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
-from bench.records import cpu_environment, gpu_environment, interleaved, markdown_table, show
+from bench.records import cpu_environment, gpu_environment, interleaved, show
 from bench.step.ablations import ABLATIONS, build_ablated_step
 from bench.step.authors import Step, build_authors_step
 from bench.step.lanes import lanes
@@ -41,6 +41,7 @@ from cammask_fast.optim import build_optimizer
 from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
 from cammask_fast.state import TrainState
 from cammask_fast.step import Losses, build_step, build_strategy, build_train_step, sample_step_randomness
+from cammask_fast.viz.tables import markdown_table
 
 ARCHS = {
     "tiny": ViTConfig(image_size=48, patch_size=8, width=96, layers=4, heads=3, output_dim=64),

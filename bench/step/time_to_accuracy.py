@@ -13,7 +13,7 @@ from typing import Any
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
-from bench.records import cpu_environment, markdown_table
+from bench.records import cpu_environment
 from bench.step.authors import build_authors_step
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
@@ -24,6 +24,7 @@ from cammask_fast.model.zero_shot import tiny_classifier
 from cammask_fast.optim import build_schedule
 from cammask_fast.state import TrainState
 from cammask_fast.step import build_strategy, build_train_step, sample_step_randomness
+from cammask_fast.viz.tables import markdown_table
 
 EVERY = 8
 """Steps between two evaluations."""

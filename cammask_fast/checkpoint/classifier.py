@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.files import load_exactly, read_safetensors, refuse_mismatch
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
+from cammask_fast.runtime.files import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,11 @@ def save_classifier(path: Path, model: Classifier, description: Description) -> 
         "class_names": json.dumps(description.class_names),
         "run": json.dumps(description.run),
     }
-    temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}, temporary, header)
-        temporary.replace(path)
+        with atomic_write(path) as part:
+            save_file({name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}, part, header)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 

@@ -16,7 +16,7 @@ import torch
 from cammask_fast import __version__
 from cammask_fast.checkpoint import Checkpoints, describe_run
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, warn, zero_shot_model
-from cammask_fast.config import TrainConfig, load_recipe
+from cammask_fast.config import OptimConfig, TrainConfig, load_recipe, options_of
 from cammask_fast.data.factory import DataSubset, TrainingData, class_list, open_training
 from cammask_fast.data.transforms import Augment
 from cammask_fast.distributed import World, all_gather_object, check_same_on_all_ranks, init_distributed
@@ -24,15 +24,11 @@ from cammask_fast.evaluate import accuracy
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import vit_config
 from cammask_fast.progress import TrainingProgress
+from cammask_fast.runtime.files import write_text
 from cammask_fast.runtime.run_dir import CHECKPOINTS, RunLock, RunLog, clear, record_launch, torchrun_id, was_launched_by
 from cammask_fast.runtime.signals import GracefulShutdown
 from cammask_fast.step import build_strategy
 from cammask_fast.train import Run, fine_tune
-
-TRAIN_OPTIONS = (
-    "method", "masking", "distill", "cam", "cam_start_layer", "upsample", "w_distill", "epochs", "batch_size",
-    "accumulate", "donors", "max_skipped", "seed", "alpha", "precision", "compile",
-)  # fmt: skip
 
 
 def run_train(args: Options) -> None:
@@ -98,7 +94,7 @@ def train_here(
                 "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
             }  # fmt: skip
             save(out, models, arch, data.class_names, run)
-            write_last(out / "run.json", json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n")
+            write_text(out / "run.json", json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n")
             validated = "" if score is None else f"validation accuracy {score:.2f} %, "
             print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
         say_unreadable(dist_info, data.train, data.validation)
@@ -106,9 +102,10 @@ def train_here(
 
 def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:
     """The recipe's `[train]` table under the options that were given."""
-    values = {**recipe, **{name: args[name] for name in TRAIN_OPTIONS if args[name] is not None}}
-    if args["lr"] is not None:
-        values["optim"] = {**values.get("optim", {}), "lr": args["lr"]}
+    given = {name: value for name, value in args.items() if value is not None}
+    values = {**recipe, **{one.name: given[one.name] for one in options_of(TrainConfig) if one.name in given}}
+    optim = {one.name: given[one.name] for one in options_of(OptimConfig) if one.name in given}
+    values["optim"] = {**values.get("optim", {}), **optim}
     return TrainConfig.from_dict(values)
 
 
@@ -190,10 +187,3 @@ def out_of_memory(config: TrainConfig, dist_info: World, error: BaseException) -
         f"{first}: try --accumulate {more}, which keeps the global batch of {config.batch_size} ({own // more} images at a "
         f"time), or --batch-size {smaller}"
     )
-
-
-def write_last(path: Path, text: str) -> None:
-    """A file whose presence says that everything before it was written."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

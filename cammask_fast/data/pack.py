@@ -16,6 +16,7 @@ from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.sampler import epoch_order
 from cammask_fast.data.transforms import opened, to_rgb
 from cammask_fast.data.types import ImageSource
+from cammask_fast.runtime.files import atomic_write
 
 PLAN = "pack.json"
 
@@ -74,8 +75,7 @@ def _keep_plan(path: Path, plan: dict[str, object]) -> None:
 def _write_shard(
     shard: Path, source: ImageSource, ids: list[int], *, resize: int | None, quality: int, bad: UnreadableSamples
 ) -> None:
-    temporary = shard.with_name(shard.name + ".part")
-    with temporary.open("wb") as file:
+    with atomic_write(shard) as part, part.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for index in ids:
                 try:
@@ -92,7 +92,6 @@ def _write_shard(
                     tar.addfile(member, io.BytesIO(content))
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(shard)
 
 
 def _suffix(name: str) -> str:

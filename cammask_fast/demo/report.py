@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cammask_fast.viz.plots import tradeoff
+from cammask_fast.viz.tables import markdown_table
 
 ORDER = ("zeroshot", "lp", "ft", "wise-ft", "ft-kd", "ft-fd", "masked-object", "masked-context", "masked-random", "masked-topk")
 CAM_NAMES = {"mm-cam": "MM-CAM", "grad-cam": "Grad-CAM"}
@@ -34,15 +35,6 @@ def mean_std(values: Sequence[float]) -> str:
 def both(method: Mapping[str, Any]) -> list[float]:
     """Mean of ID and average OOD accuracy per seed."""
     return [(i + o) / 2 for i, o in zip(method["id"], method["ood_mean"], strict=True)]
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up in a terminal too."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    padded = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([padded[0], rule, *padded[1:]])
 
 
 def _names(results: Mapping[str, Any]) -> list[str]:

@@ -39,6 +39,7 @@ from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.masking import parse_strategy
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.zero_shot import tiny_classifier
+from cammask_fast.runtime.machine import cpu_name
 from cammask_fast.train import fine_tune
 from cammask_fast.viz.mask_images import apply
 from cammask_fast.viz.plots import GalleryRow, gallery
@@ -286,12 +287,8 @@ def summarise(finished: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[
 
 def environment(cores: int) -> dict[str, Any]:
     """The machine and versions that a figure belongs to."""
-    model = platform.processor()
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "cores": cores,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from cammask_fast.runtime.env import launched
+from cammask_fast.runtime.files import write_text
 
 LOCK, LOG, CHECKPOINTS, LAUNCH = "lock", "log.jsonl", "checkpoints", "launch.json"
 HEARTBEAT = 15.0
@@ -139,9 +140,7 @@ class RunLog:
                     kept.append(line + "\n")
             except (ValueError, TypeError, KeyError):  # a line that a kill has cut off
                 continue
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(self.path)
+        write_text(self.path, "".join(kept))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line, and those that could not be written before."""
@@ -170,10 +169,8 @@ def torchrun_id() -> str | None:
 
 def record_launch(folder: Path, launchers: Sequence[str | None]) -> None:
     """Leave word of who works on the run."""
-    part = folder / f"{LAUNCH}.part"
     with contextlib.suppress(OSError):  # a full disk: only a later attempt of the same launch would read it
-        part.write_text(json.dumps(launchers), encoding="utf-8")
-        part.replace(folder / LAUNCH)
+        write_text(folder / LAUNCH, json.dumps(launchers))
 
 
 def was_launched_by(folder: Path, launchers: Sequence[str | None]) -> bool:

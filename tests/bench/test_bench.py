@@ -21,7 +21,7 @@ from bench.gpu import data as gpu_data
 from bench.gpu import kernels, tests
 from bench.gpu import step as gpu_step
 from bench.kernels import aot, cpu, static
-from bench.records import ROOT, append, interleaved, markdown_table, read, spread
+from bench.records import ROOT, append, interleaved, read, spread
 from bench.step import race as step_race
 from bench.step.ablations import ABLATIONS
 from bench.step.race import Race
@@ -32,6 +32,7 @@ from cammask_fast.kernels.backend import INTERPRETED, set_backend
 from cammask_fast.kernels.masked_fill import counterfactual_batch
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer
+from cammask_fast.viz.tables import markdown_table
 
 WHERE = {"gpu": "a GPU", "driver": "1.2", "torch": "2.15", "triton": "3.9", "commit": "abc"}
 ON_CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

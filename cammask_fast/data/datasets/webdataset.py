@@ -6,6 +6,7 @@ and resuming work as with folders, however many shards there are.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cammask_fast.data.datasets.image_folder import SUFFIXES, read_lines
+from cammask_fast.runtime.files import atomic_write
 
 CLASSES = "classes.txt"
 INDEX = ".index.json"
@@ -172,12 +174,9 @@ def index_of(shard: Path) -> ShardIndex:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or not ours: made again
     index = _read_index(shard, stat.st_size)
-    temporary = kept.with_name(f"{kept.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(json.dumps({**identity, "samples": index.samples, "faults": index.faults}), encoding="utf-8")
-        temporary.replace(kept)
-    except OSError:
-        pass  # a folder that cannot be written: the index is made again next time
+    with contextlib.suppress(OSError):  # a folder that cannot be written: the index is made again next time
+        with atomic_write(kept, temporary=f"{kept.name}.{os.getpid()}.part") as part:
+            part.write_text(json.dumps({**identity, "samples": index.samples, "faults": index.faults}), encoding="utf-8")
     return index
 
 
