@@ -76,7 +76,9 @@ def _of_the_world(error: RuntimeError) -> str:
     if died is not None:
         return died
     if is_peer_failure(error):
-        return "lost contact with another process, which was killed or whose machine is gone; start again with the same command"
+        return (
+            "lost contact with another process, which was killed or whose machine is gone; run the same command again to resume"
+        )
     if launched():
         claim_first_failure(str(error))  # the other processes need not wait
     raise error
@@ -156,7 +158,7 @@ def build_parser() -> Parser:
     preview.add_argument("--seed", type=int, default=0, help="seed of the benchmark's training images")
     preview.add_argument("--out", type=Path, default=Path("preview.png"), help="PNG file (default: %(default)s)")
     pack = command(
-        "pack", "images.run_pack", "write tar shards of an image folder; run again to go on after a stop", inside=actions
+        "pack", "images.run_pack", "write tar shards of an image folder; run again to resume after a stop", inside=actions
     )
     pack.add_argument("folder", metavar="FOLDER", help="class folders, perhaps in train/ and val/")
     pack.add_argument("out", type=Path, metavar="OUT", help="folder of the shards")
@@ -230,6 +232,8 @@ def _settings(parser: Parser, settings: type) -> None:
     for one in options_of(settings):
         flag, choices = f"--{one.name.replace('_', '-')}", [choice for choice in one.choices if choice]
         text = one.help if "default" in one.help or one.default == "" else f"{one.help} (default: {one.default})"
+        if one.metavar and choices:
+            text = f"{text}; one of {', '.join(choices)}"
         metavar = one.metavar or ("{" + ",".join(choices) + "}" if choices else None)
         more: dict[str, Any] = {} if one.bare is None else {"nargs": "?", "const": one.bare}
         parser.add_argument(flag, type=one.kind, metavar=metavar, help=text.replace("%", "%%"), **more)

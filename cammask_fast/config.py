@@ -186,11 +186,9 @@ class TrainConfig:
 def _check_types(config: object) -> None:
     """Every field has the type of its default; numbers are finite; a Literal has one of its values."""
     for known in options_of(type(config)):
-        value = getattr(config, known.name)
+        value, choices = getattr(config, known.name), ", ".join(choice for choice in known.choices if choice)
         if known.choices and value not in known.choices:
-            raise ValueError(
-                f"unknown {known.name} {value!r}; known: {', '.join(choice for choice in known.choices if choice)}"
-            )
+            raise ValueError(f"unknown {known.name} {value!r}; known: {choices}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not (number if known.kind is float else type(value) is known.kind):
             expected = {float: "a finite number", int: "a whole number", str: "a text"}[known.kind]

@@ -88,7 +88,7 @@ def evaluate(
     groups = (torch.arange(outputs) if groups is None else groups).to(device)
     tallies = [AccuracyMeter(groups, classes or outputs) for _ in models]
     for batch in loader:
-        distributed.heartbeat("evaluating")
+        distributed.heartbeat("evaluation")
         batch = batch.to(device)
         dtype = models[0].visual.conv1.weight.dtype
         images = normalise(batch.images, dtype=dtype)

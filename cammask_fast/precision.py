@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from cammask_fast.config import Precision
 
-def resolve(precision: str, device: torch.device | str) -> str:
+
+def resolve(precision: Precision, device: torch.device | str) -> Precision:
     """`auto` is bf16 on a CUDA device and fp32 elsewhere."""
     if precision != "auto":
         return precision
     return "bf16" if torch.device(device).type == "cuda" else "fp32"
 
 
-def compute_dtype(precision: str, weights: torch.Tensor) -> torch.dtype:
+def compute_dtype(precision: Precision, weights: torch.Tensor) -> torch.dtype:
     """bfloat16, or the weights' own type. precision: as in `TrainConfig`."""
     return torch.bfloat16 if resolve(precision, weights.device) == "bf16" else weights.dtype
 

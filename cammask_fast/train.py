@@ -34,7 +34,7 @@ from cammask_fast.step import build_strategy, build_train_step, sample_step_rand
 Progress = Callable[[str, int, int, float, float], None]
 """Called as (phase, images done, images in total, mean loss since the last call, share of the time spent waiting for data)."""
 
-STOPPED = "stopped at step {} of {}, saved; start again with the same command to go on"
+STOPPED = "stopped at step {} of {}, saved; run the same command again to resume"
 Parts = list[tuple[Batch, MaskRandomness | None]]
 
 
@@ -139,7 +139,7 @@ def fine_tune(
     for epoch in range(state.epoch, config.epochs):
         train.set_epoch(epoch)
         for batch in wait.over(train):
-            distributed.heartbeat(f"in step {state.step + 1}")
+            distributed.heartbeat(f"step {state.step + 1}")
             parts = split_microbatches(batch.to(device), config, state, run.world)
             step(parts)
             state.step += 1

@@ -137,7 +137,7 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(photos: Path, tmp_path: Pat
     said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("cammask: error")]
     assert len(said) == 1
     assert f"(pid {stopped} on " in said[0]
-    assert "does not answer; start again with the same command to go on" in said[0]
+    assert "does not answer; run the same command again to resume" in said[0]
 
 
 def test_a_rank_that_stops_before_its_watch_has_looked_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(photos: Path, tmp_path:
     assert "exitcode  : 75" in text
     done = run(train(photos, out, *options), ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert logged(out) == logged(whole)
 
 
@@ -222,7 +222,7 @@ def test_a_machine_that_is_lost_and_comes_back(photos: Path, tmp_path: Path) -> 
     lost.wait()
     again = machine(keeps_the_meeting=False)
     assert (stays.wait(), again.wait()) == (0, 0), log.read_text(errors="replace")
-    assert "going on from step" in log.read_text(errors="replace")
+    assert "resuming from step" in log.read_text(errors="replace")
     assert_same_run(out, whole)
 
 
@@ -271,4 +271,4 @@ def test_another_number_of_processes_only_with_global_donors(photos: Path, tmp_p
             assert "begun with other settings: processes 2 instead of 1" in done.stderr
         else:
             assert done.returncode == 0, done.stderr
-            assert "going on from step" in done.stderr
+            assert "resuming from step" in done.stderr

@@ -71,7 +71,7 @@ def test_killed_five_times_and_the_same(photos: Path, tmp_path: Path, ranks: int
         process = start(train(photos, out, "--loader", loader), log=log)
     assert process is not None
     assert process.wait() == 0, log.read_text(errors="replace")
-    assert log.read_text(errors="replace").count("going on from step") >= 3
+    assert log.read_text(errors="replace").count("resuming from step") >= 3
     assert_same_run(out, whole)
 
 
@@ -88,7 +88,7 @@ def test_a_stop_in_the_middle_saves_and_goes_on(
             assert main([str(word) for word in train(photos, out, *sparse)]) == 75
         assert re.search(r"stopped at step \d+ of 42, saved; start again", capsys.readouterr().err)
     assert main([str(word) for word in train(photos, out, *sparse)]) == 0
-    assert "going on from step 40 of 42" in capsys.readouterr().err
+    assert "resuming from step 40 of 42" in capsys.readouterr().err
     assert_same_run(out, whole)
     assert main([str(word) for word in train(photos, out, *sparse)]) == 2
     assert "already holds a run" in capsys.readouterr().err
@@ -143,7 +143,7 @@ def test_other_settings_are_refused(
     assert main([str(word) for word in train(photos, tmp_path / "run", *options)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
-    assert "was begun with other settings" in error
+    assert "was started with other settings" in error
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
@@ -160,7 +160,7 @@ def test_overwrite_replaces_the_old_run_once(
     monkeypatch.setattr(run_dir, "launched", lambda: True)  # `interrupted` has undone it
     capsys.readouterr()
     assert main([str(word) for word in train(photos, out, "--overwrite")]) == 0
-    assert "going on from step 18 of 42" in capsys.readouterr().err
+    assert "resuming from step 18 of 42" in capsys.readouterr().err
     assert_same_run(out, whole)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     for options in ([], ["--overwrite"]):
@@ -198,7 +198,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert main([str(word) for word in train(photos, out, "--loader", "torch")]) == 0
     said = capsys.readouterr().err
     assert re.search(r"warning: .*step-00000018 is damaged \(.*\): going back to the checkpoint before it", said)
-    assert "going on from step 16 of 42" in said
+    assert "resuming from step 16 of 42" in said
     assert not (tmp_path / "ran").exists()
     assert_same_run(out, whole)
 

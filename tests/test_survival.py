@@ -307,7 +307,7 @@ def test_a_signal_to_the_whole_group_saves_first(photos: Path, tmp_path: Path, n
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    assert re.search(r"stopped at step \d+ of 3000, saved; start again with the same command to go on$", said.strip())
+    assert re.search(r"stopped at step \d+ of 3000, saved; run the same command again to resume$", said.strip())
     assert "Traceback" not in said
     (path,) = (out / "checkpoints").iterdir()
     assert training.read_checkpoint(path).saved.metadata["step"] == last_step(out)

@@ -32,7 +32,7 @@ from bench.step.matrix_rate import matrix_product
 from bench.step.memory import LiveStorages
 from bench.step.stages import stages
 from bench.step.work import count_flops, forward_unit
-from cammask_fast.config import TrainConfig
+from cammask_fast.config import Precision, TrainConfig
 from cammask_fast.data.types import Batch
 from cammask_fast.masking import MaskRandomness
 from cammask_fast.model.classifier import Classifier
@@ -71,7 +71,7 @@ class Race:
     def vit(self) -> ViTConfig:
         return ARCHS[self.arch]
 
-    def precision_of(self, provider: str) -> str:
+    def precision_of(self, provider: str) -> Precision:
         """fp32, tf32 or bf16: the type of the provider's products."""
         if provider.startswith("authors"):
             return "bf16" if provider in AUTOCAST else "fp32"

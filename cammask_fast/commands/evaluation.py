@@ -10,6 +10,7 @@ from typing import Any
 
 from cammask_fast.checkpoint import load_classifier
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, zero_shot_model
+from cammask_fast.config import Precision
 from cammask_fast.data.factory import BENCHMARK, EvaluationSet, folders_of, names_of, open_evaluation
 from cammask_fast.distributed import World, init_distributed
 from cammask_fast.evaluate import Score, evaluate
@@ -87,7 +88,8 @@ def run_wise_ft(args: Options) -> None:
 
 def scores_of(models: Sequence[Classifier], sets: Mapping[str, EvaluationSet], args: Options) -> dict[str, list[Score]]:
     """A score per model on every set, in the precision asked for; each set is read once."""
-    device, precision = device_of(args), args["precision"] or "auto"
+    device: str = device_of(args)
+    precision: Precision = args["precision"] or "auto"
     set_matmul_precision(resolve(precision, device))
     models = [model.stored_in(compute_dtype(precision, model.head.weight)) for model in models]
     return {

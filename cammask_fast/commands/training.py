@@ -151,7 +151,7 @@ def train_with_progress(
             log.truncate_after(step)
             progress.begin(step * config.batch_size)
             if path is not None:
-                print(f"cammask: going on from step {step} of {steps}, {path}", file=sys.stderr)
+                print(f"cammask: resuming from step {step} of {steps}, {path}", file=sys.stderr)
 
         run = Run(world=dist_info, save_every=args["save_every"], settings=settings, stop=lambda: stop.requested)
         run.debug = out / "debug"

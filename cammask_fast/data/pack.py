@@ -58,7 +58,9 @@ def pack(
             if progress is not None:
                 progress(min((number + 1) * per_shard, len(source)), len(source))
     except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror or error}; what is there stays, run again to go on") from None
+        raise ValueError(
+            f"cannot write to {out}: {error.strerror or error}; what is there stays; run the command again to resume"
+        ) from None
     return shards
 
 
@@ -69,7 +71,7 @@ def _keep_plan(path: Path, plan: dict[str, object]) -> None:
             raise ValueError(f"{path.parent} holds shards that were not packed here: choose another folder")
         path.write_text(text, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path} was begun with other settings or from other images: choose another folder or remove it")
+        raise ValueError(f"{path} was started with other settings or from other images: choose another folder or remove it")
 
 
 def _write_shard(

@@ -188,8 +188,8 @@ class _Watch(threading.Thread):
         silent = [rank for rank in range(self.size) if rank != self.rank and after[rank]["ticks"] == before[rank]["ticks"]]
         culprit = silent[0] if silent else min(range(self.size), key=lambda rank: after[rank]["beats"])
         who = f"rank {culprit} (pid {after[culprit]['pid']} on {after[culprit]['host']})"
-        what = "does not answer" if silent else f"stands still while {after[culprit]['doing']}"
-        return f"no progress for {self.timeout:g} s (--timeout): {who} {what}; start again with the same command to go on"
+        what = "does not answer" if silent else f"is stalled in {after[culprit]['doing']}"
+        return f"no progress for {self.timeout:g} s (--timeout): {who} {what}; run the same command again to resume"
 
     def _statuses(self) -> list[dict[str, Any]]:
         return [json.loads(self.store.get(f"at/{rank}")) for rank in range(self.size)]

@@ -174,9 +174,10 @@ def index_of(shard: Path) -> ShardIndex:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or not ours: made again
     index = _read_index(shard, stat.st_size)
-    with contextlib.suppress(OSError):  # a folder that cannot be written: the index is made again next time
-        with atomic_write(kept, temporary=f"{kept.name}.{os.getpid()}.part") as part:
-            part.write_text(json.dumps({**identity, "samples": index.samples, "faults": index.faults}), encoding="utf-8")
+    text = json.dumps({**identity, "samples": index.samples, "faults": index.faults})
+    # where the folder cannot be written the index is made again next time
+    with contextlib.suppress(OSError), atomic_write(kept, temporary=f"{kept.name}.{os.getpid()}.part") as part:
+        part.write_text(text, encoding="utf-8")
     return index
 
 
