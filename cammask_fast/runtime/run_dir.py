@@ -202,6 +202,6 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path
     ]
     if different:
         raise ValueError(
-            f"the run in {path} was started with other settings: {', '.join(different)}. Resume with those settings, choose another "
-            "--out, or start over with --overwrite"
+            f"the run in {path} was started with other settings: {', '.join(different)}. Resume with those settings, choose "
+            "another --out, or start over with --overwrite"
         )
