@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(args: dict[str, Any]) -> None:
     """Import the command's module only now: `cammask --help` answers without PyTorch."""
-    module, function = args["run"].split(".")
+    module, function = args["command"].split(".")
     getattr(import_module(f"cammask_fast.commands.{module}"), function)(args)
 
 
@@ -93,7 +93,7 @@ def build_parser() -> Parser:
 
     def command(name: str, run: str, text: str, *, inside: Any = commands) -> Parser:
         sub: Parser = inside.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(run=run)
+        sub.set_defaults(command=run)
         return sub
 
     demo = command("demo", "tiny_clip.run_demo_command", "fine-tune the shipped tiny CLIP with every method and write a report")
@@ -133,6 +133,17 @@ def build_parser() -> Parser:
         out=(None, "folder for scores.json and one checkpoint per alpha, alpha-0.50.safetensors (default: none is written)"),
         precisions=PRECISIONS,
     )
+
+    text = "write a run's weights for open_clip, transformers, ONNX Runtime or torch.export"
+    export = command("export", "export.run_export", text)
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of a run (its best checkpoint) or a checkpoint")
+    formats = ("open-clip", "hf", "onnx", "torch-export")
+    export.add_argument(
+        "--to", required=True, choices=formats, help="both towers (open-clip, hf), or the classifier as a graph"
+    )
+    export.add_argument("--out", type=Path, help="folder (default: RUN-FORMAT)")
+    text = "weights of the text tower (default: those that the run started from)"
+    export.add_argument("--pretrained", default="", metavar="FILE", help=text)
 
     mask = command("mask", "images.run_mask", "CAM, masks and counterfactuals of photographs for any text prompt, as a PNG")
     mask.add_argument("images", type=Path, nargs="+", metavar="IMAGE")

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = (
     "runtime", "config", "recipes", "assets", "precision", "progress", "distributed", "kernels",
-    "data", "model", "cam", "masking", "losses", "optim", "state", "step", "checkpoint", "evaluate",
+    "data", "model", "cam", "masking", "losses", "optim", "state", "step", "checkpoint", "export", "evaluate",
     "wise_ft", "train", "viz", "demo", "commands", "cli", "__main__",
 )  # fmt: skip
 

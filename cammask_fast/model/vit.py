@@ -234,13 +234,13 @@ class VisionTransformer(nn.Module):
                 f"images: expected (N, 3, {size}, {size}) or patches (N, {patches}, {per_patch}), got {tuple(images.shape)}"
             )
         keys = patches if kept_tokens is None else kept_tokens.shape[1] - 1
-        if key_mask is not None and key_mask.shape != (len(images), keys):
+        if key_mask is not None and key_mask.shape != (images.shape[0], keys):
             raise ValueError(f"key_mask: expected ({len(images)}, {keys}), got {tuple(key_mask.shape)}")
         if images.ndim == 3:
             x = F.linear(images, self.conv1.weight.flatten(1))  # (N, P, D)
         else:
             x = self.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1) + self.positional_embedding
         x = self.ln_pre(x)  # (N, L, D)
         if kept_tokens is not None:
             x = x.gather(1, kept_tokens[..., None].expand(-1, -1, x.shape[-1]))
