@@ -10,6 +10,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
+Cam = Literal["mm-cam", "grad-cam"]
 Precision = Literal["auto", "bf16", "tf32", "fp32"]
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -109,7 +110,7 @@ class TrainConfig:
         "", "strategy under the paper's name, such as CtxMaskMultiFill(0.3) (default: the method's own)", metavar="STRATEGY"
     )
     distill: Literal["", "fd", "kd"] = option("", "distil features (fd) or logits (kd) (default: the method's own)")
-    cam: Literal["mm-cam", "grad-cam"] = option("mm-cam", "class activation map of the object and context masks")
+    cam: Cam = option("mm-cam", "class activation map of the object and context masks")
     cam_start_layer: int = option(0, "first layer of MM-CAM's rollout; 0, the paper's, is all layers", metavar="LAYER")
     upsample: Literal["nearest", "bilinear"] = option("nearest", "how the relevance map is scaled to pixels")
     w_task: float = option(1.0, "weight of the cross-entropy on the clean images")

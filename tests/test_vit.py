@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from torch import Tensor, nn
 
+from cammask_fast.cam import relevance_of
 from cammask_fast.model.vit import Block, Taps, VisionTransformer, ViTConfig
+from cammask_fast.model.zero_shot import tiny_classifier
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 ODD = ViTConfig(image_size=21, patch_size=3, width=24, layers=3, heads=3, output_dim=10)  # L = 50
@@ -192,3 +194,19 @@ def test_configurations_that_cannot_be_built_are_refused(change: dict[str, objec
     with pytest.raises(ValueError, match=message):
         ViTConfig.from_dict({**ODD.to_dict(), **change})
     assert ViTConfig.from_dict(ODD.to_dict()) == ODD
+
+
+@pytest.mark.parametrize("cam", ["mm-cam", "grad-cam"])
+def test_a_frozen_model_has_a_map_even_without_grad(cam: str) -> None:
+    """The taps' graph is made for the call, and an unknown map is refused."""
+    torch.manual_seed(0)
+    model = tiny_classifier(["zero", "one"])
+    images, labels = torch.randint(0, 256, (2, 48, 48, 3), dtype=torch.uint8), torch.tensor([0, 1])
+    expected = relevance_of(model, images, labels, cam)
+    with torch.no_grad():
+        found = relevance_of(model.frozen_copy(), images, labels, cam)
+    assert expected.any()
+    assert torch.equal(found, expected)
+    assert not torch.equal(relevance_of(model, images, labels, "mm-cam", start_layer=2), expected)
+    with pytest.raises(ValueError, match="unknown cam 'gradcam'; known: mm-cam, grad-cam"):
+        relevance_of(model, images, labels, "gradcam")
