@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = (
     "runtime", "config", "recipes", "assets", "precision", "progress", "distributed", "kernels",
     "data", "model", "cam", "masking", "losses", "optim", "state", "step", "checkpoint", "export", "evaluate",
-    "wise_ft", "train", "viz", "demo", "commands", "cli", "__main__",
+    "wise_ft", "train", "viz", "api", "demo", "commands", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -81,6 +82,19 @@ def gallery(path: Path, rows: Sequence[GalleryRow], *, cell: float = 1.35) -> No
         axes[0][2 + 2 * i].set_title(f"{name}\nmask", fontsize=8)
         axes[0][3 + 2 * i].set_title("counterfactual", fontsize=8)
     _save(figure, path)
+
+
+def map_figure(images: Tensor, maps: Tensor, titles: Sequence[str]) -> Any:
+    """A figure with every image, uint8 (N, H, W, 3), beside its map, float (N, G, G) in [0, 1]."""
+    figure = Figure(figsize=(4.4, 2.3 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), 2, squeeze=False)
+    for line, image, cam, title in zip(axes, images, maps, titles, strict=True):
+        line[0].imshow(image.numpy())
+        line[0].set_title(title, fontsize=9)
+        show_cam(line[1], image, cam)
+        for axis in line:
+            axis.axis("off")
+    return figure
 
 
 def tradeoff(
