@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["bench"]:  # has its own parser
             return run_bench(arguments[1:])
         args = build_parser().parse_args(arguments)
-        run_command(vars(args))
+        return run_command(vars(args))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError) as error:
@@ -43,13 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_CODE, kind="")
     except RuntimeError as error:
         return _fail(_of_the_world(error), 2)
-    return 0
 
 
-def run_command(args: dict[str, Any]) -> None:
-    """Import the command's module only now: `cammask --help` answers without PyTorch."""
+def run_command(args: dict[str, Any]) -> int:
+    """Import the command's module only now: `cammask --help` answers without PyTorch. Returns its exit code, 0 without one."""
     module, function = args["command"].split(".")
-    getattr(import_module(f"cammask_fast.commands.{module}"), function)(args)
+    return getattr(import_module(f"cammask_fast.commands.{module}"), function)(args) or 0
 
 
 def _fail(message: str, code: int, *, kind: str = "error: ") -> int:
@@ -154,6 +153,9 @@ def build_parser() -> Parser:
     mask.add_argument("--seed", type=int, default=0)
     _model(mask)
     _shared(mask, out=("mask.png", "PNG file"))
+
+    doctor = command("doctor", "doctor.run_doctor", "what is installed, what works, what will be chosen; exit 1 if broken")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
 
     command("recipes", "recipes.run_recipes", "list the recipes for train --recipe")
 
