@@ -79,10 +79,12 @@ def kill(pid: int, number: int) -> None:
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log that are whole."""
+    """The lines of a run's log about its steps, without the speed, which no two runs share. Lines that a kill has cut off are
+    left out."""
     path = out / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    whole = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in whole if "accuracy" not in line]
 
 
 def last_step(out: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,14 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from cammask_fast.config import OptimConfig
+
+
+class Clipped(NamedTuple):
+    """What a step found: whether gradients and loss are finite, bool; the gradients' global norm before clipping. On the
+    device, () or (1,)."""
+
+    finite: Tensor
+    norm: Tensor
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> AdamW:
@@ -80,9 +89,9 @@ class FlatAdamW:
         parts = flat.split([shape.numel() for shape in self.shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
-    def update(self, gradient: Tensor, loss: Tensor) -> Tensor:
-        """Clip the flat gradient to `clip_norm` and make one step, in place. Returns a bool tensor: whether gradient and loss
-        are finite; where they are not, the schedule moves on and nothing else changes."""
+    def update(self, gradient: Tensor, loss: Tensor) -> Clipped:
+        """Clip the flat gradient to `clip_norm` and make one step, in place. Where gradient or loss are not finite, the
+        schedule moves on and nothing else changes."""
         c, dtype = self.config, self.flat.dtype
         norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(dtype, torch.float32))
         finite = norm.isfinite() & loss.isfinite()
@@ -99,16 +108,16 @@ class FlatAdamW:
         flat = self.flat * decay.to(dtype) - size.to(dtype) * exp_avg / denominator
         for tensor, new in ((self.flat, flat), (self.exp_avg, exp_avg), (self.exp_avg_sq, exp_avg_sq)):
             tensor.copy_(torch.where(finite, new, tensor))
-        return finite
+        return Clipped(finite, norm)
 
 
-def clipped_step(optimizer: AdamW, parameters: Sequence[nn.Parameter], loss: Tensor, *, clip_norm: float) -> Tensor:
-    """Clip the gradients of `parameters` to a global norm and make one step of torch's fused AdamW, as `FlatAdamW.update` does:
-    returns whether gradients and loss are finite, without a synchronisation; where they are not, nothing changes."""
+def clipped_step(optimizer: AdamW, parameters: Sequence[nn.Parameter], loss: Tensor, *, clip_norm: float) -> Clipped:
+    """Clip the gradients of `parameters` to a global norm and make one step of torch's fused AdamW, as `FlatAdamW.update` does,
+    without a synchronisation; where gradients or loss are not finite, nothing changes."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = get_total_norm(gradients)
     finite = norm.isfinite() & loss.isfinite()
     clip_grads_with_norm_(parameters, clip_norm, norm)
     setattr(optimizer, "found_inf", (~finite).float())  # noqa: B010  (torch's fused kernel then leaves everything as it is)
     optimizer.step()
-    return finite
+    return Clipped(finite, norm)

@@ -39,6 +39,21 @@ class DataWait:
         return self.seconds / (time.perf_counter() - self.started)
 
 
+class Throughput:
+    """Images per second between two readings."""
+
+    def __init__(self, images: int):
+        """images: done before the first reading, by an earlier part of the run."""
+        self.images, self.at = images, time.perf_counter()
+
+    def read(self, images: int) -> float:
+        """images: done so far."""
+        now = time.perf_counter()
+        rate = (images - self.images) / (now - self.at)
+        self.images, self.at = images, now
+        return rate
+
+
 class TrainingProgress:
     """A progress bar on a terminal, otherwise a plain line on stdout for every tenth of the run.
 

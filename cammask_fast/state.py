@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,16 +13,34 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from cammask_fast.config import TrainConfig
 from cammask_fast.model.classifier import Classifier
-from cammask_fast.optim import FlatAdamW, build_optimizer, build_schedule
+from cammask_fast.optim import Clipped, FlatAdamW, build_optimizer, build_schedule
+
+METRICS = ("task", "distill", "gradient_norm", "mask_share", "cam_entropy")
 
 
 class StepStats(NamedTuple):
-    """loss: mean over the finite steps since the last look, NaN without any. bad_in_a_row, skipped: steps whose loss or
-    gradient was not finite, those at the end and all."""
+    """loss, metrics: means over the finite steps since the last reading, NaN without any; metrics by the names of `METRICS`,
+    those of this process. bad_in_a_row, skipped: steps whose loss or gradient was not finite, those at the end and all."""
 
     loss: float
     bad_in_a_row: int
     skipped: int
+    metrics: dict[str, float]
+
+
+class StepLosses(Protocol):
+    """What `TrainState.update` reads of `step.Losses`."""
+
+    @property
+    def total(self) -> Tensor: ...
+    @property
+    def task(self) -> Tensor: ...
+    @property
+    def distill(self) -> Tensor: ...
+    @property
+    def mask_share(self) -> Tensor: ...
+    @property
+    def cam_entropy(self) -> Tensor: ...
 
 
 class Snapshot(NamedTuple):
@@ -42,7 +60,9 @@ class TrainState:
     """None with `FlatAdamW`, which carries its own."""
     generator: torch.Generator
     tally: Tensor
-    """float64 (4,): sum of the finite losses and their number since the last look; non-finite steps in a row, and in all."""
+    """float64 (4,): sum of the finite losses and their number since the last reading; non-finite steps in a row, and in all."""
+    sums: Tensor
+    """float64 (5,): the `METRICS` summed over the finite steps since the last reading."""
     step: int = 0
     epoch: int = 0
     best_accuracy: float = float("-inf")
@@ -61,26 +81,32 @@ class TrainState:
         device = student.head.weight.device
         own = rank if config.donors == "batch" else 0
         generator = torch.Generator(device).manual_seed(config.seed + own * 1_000_003)
-        tally = torch.zeros(4, dtype=torch.float64, device=device)
+        tally, sums = (torch.zeros(n, dtype=torch.float64, device=device) for n in (4, len(METRICS)))
         total_steps = config.epochs * steps_per_epoch
         if compiled:
             trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-            return cls(student, FlatAdamW(trained, config.optim, total_steps=total_steps), None, generator, tally)
+            return cls(student, FlatAdamW(trained, config.optim, total_steps=total_steps), None, generator, tally, sums)
         optimizer = build_optimizer(student.parameters(), config.optim)
-        return cls(student, optimizer, build_schedule(optimizer, config.optim, total_steps=total_steps), generator, tally)
+        return cls(student, optimizer, build_schedule(optimizer, config.optim, total_steps=total_steps), generator, tally, sums)
 
-    def update(self, loss: Tensor, finite: Tensor) -> None:
+    def update(self, losses: StepLosses, clipped: Clipped) -> None:
         """Count a step, on the device."""
         total, steps, in_a_row, skipped = self.tally.unbind()
-        good = finite.reshape(()).to(total.dtype)
-        total = total + torch.where(finite.reshape(()), loss.detach().reshape(()).to(total.dtype), 0.0)
+        kind, finite, loss = total.dtype, clipped.finite.reshape(()), losses.total
+        good = finite.to(kind)
+        total = total + torch.where(finite, loss.detach().reshape(()).to(kind), 0.0)
         self.tally.copy_(torch.stack([total, steps + good, (in_a_row + 1) * (1 - good), skipped + 1 - good]))
+        values = (losses.task, losses.distill, clipped.norm, losses.mask_share, losses.cam_entropy)
+        parts = [value.detach().reshape(()).to(kind) for value in values]
+        self.sums.copy_(self.sums + torch.where(finite, torch.stack(parts), 0.0))
 
     def read_and_reset(self) -> StepStats:
-        """Read the tally (waits for the device) and begin a new mean."""
-        total, steps, in_a_row, skipped = self.tally.tolist()
+        """Read the tally (waits for the device) and begin new means."""
+        total, steps, in_a_row, skipped, *sums = torch.cat([self.tally, self.sums]).tolist()
         self.tally[:2].zero_()
-        return StepStats(total / steps if steps else float("nan"), int(in_a_row), int(skipped))
+        self.sums.zero_()
+        mean = {name: value / steps if steps else float("nan") for name, value in zip(METRICS, sums, strict=True)}
+        return StepStats(total / steps if steps else float("nan"), int(in_a_row), int(skipped), mean)
 
     def learning_rate(self) -> float:
         """Of the next step (waits for the device in a compiled run)."""
@@ -126,7 +152,7 @@ class TrainState:
             "best_step": self.best_step,
         }
         metadata["has_best"] = bool(self.best_weights)
-        return Snapshot({**weights, **self.moments(), **best, "tally": self.tally}, metadata)
+        return Snapshot({**weights, **self.moments(), **best, "tally": self.tally, "sums": self.sums}, metadata)
 
     @torch.no_grad()
     def load_state_dict(self, saved: Snapshot) -> None:
@@ -140,6 +166,7 @@ class TrainState:
         self.step, self.epoch = int(metadata["step"]), int(metadata["epoch"])
         self.best_accuracy, self.best_step = float(metadata["best_accuracy"]), int(metadata["best_step"])
         self.tally.copy_(tensors["tally"])
+        self.sums.copy_(tensors["sums"]) if "sums" in tensors else self.sums.zero_()  # none in checkpoints of version 0.1.0
         if isinstance(self.optimizer, FlatAdamW):
             self.optimizer.step.fill_(int(tensors["updates"]))
             self.optimizer.position.fill_(self.step)

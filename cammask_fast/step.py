@@ -23,7 +23,16 @@ from cammask_fast.config import TrainConfig
 from cammask_fast.data.types import Batch
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
-from cammask_fast.masking import MaskedInput, MaskRandomness, Strategy, masked_input, parse_strategy, sample_mask_randomness
+from cammask_fast.masking import (
+    MaskedInput,
+    MaskRandomness,
+    Strategy,
+    entropy,
+    mask_share,
+    masked_input,
+    parse_strategy,
+    sample_mask_randomness,
+)
 from cammask_fast.model.classifier import Classifier, ComputeCopy, Prediction, compute_weights, keeps_precision
 from cammask_fast.model.vit import Taps, ViTConfig
 from cammask_fast.optim import FlatAdamW, clipped_step
@@ -32,11 +41,24 @@ from cammask_fast.state import TrainState
 
 
 class Losses(NamedTuple):
-    """Scalars on the device, detached. total = w_task * task + w_distill * distill."""
+    """Scalars on the device, detached. total = w_task * task + w_distill * distill.
+
+    mask_share: share of the patches that were masked. cam_entropy: entropy of the relevance over the patches, mean over the
+    batch, 1 for an even map, 0 for a single patch; NaN where the method has no map.
+    """
 
     total: Tensor
     task: Tensor
     distill: Tensor
+    mask_share: Tensor
+    cam_entropy: Tensor
+
+    @classmethod
+    def of(cls, total: Tensor, task: Tensor, distill: Tensor, masked: Tensor | None = None) -> Losses:
+        """Without a map; masked: the mask share, 0 by default."""
+        total, task, distill = total.detach(), task.detach(), distill.detach()
+        share = torch.zeros_like(task) if masked is None else masked.to(task.dtype)
+        return cls(total, task, distill, share, torch.full_like(task, torch.nan))
 
 
 class Step(Protocol):
@@ -129,9 +151,9 @@ def build_train_step(
             summed, loss = distributed.sum_gradients([_gradient(p) for p in trained], loss / processes)
             for parameter, gradient in zip(trained, summed, strict=True):
                 parameter.grad = gradient
-        finite = clipped_step(optimizer, trained, loss, clip_norm=config.optim.clip_norm)
+        clipped = clipped_step(optimizer, trained, loss, clip_norm=config.optim.clip_norm)
         schedule.step()
-        state.update(loss, finite)
+        state.update(losses._replace(total=loss), clipped)
         return losses
 
     return train_step
@@ -164,22 +186,24 @@ def _compiled_train_step(
         summed = {name: [pulled[name].to(weight.dtype) for pulled in found] for name, weight in weights.items()}
         return [sum(parts[1:], parts[0]) for parts in summed.values()], losses
 
-    def apply(gradients: Sequence[Tensor], loss: Tensor) -> None:
+    def apply(gradients: Sequence[Tensor], losses: Losses) -> None:
+        loss = losses.total
         if processes > 1:
             gradients, loss = distributed.sum_gradients(gradients, loss / processes)
-        state.update(loss, optimizer.update(torch.cat([g.flatten() for g in gradients]), loss))
+        clipped = optimizer.update(torch.cat([g.flatten() for g in gradients]), loss)
+        state.update(losses._replace(total=loss), clipped)
 
     def whole(batch: Batch, draws: MaskRandomness | None) -> Losses:
         found, losses = gradients(batch, draws, 1 / processes)
-        apply(found, losses.total)
+        apply(found, losses)
         return losses
 
     def flat(batch: Batch, draws: MaskRandomness | None, scale: float) -> tuple[Tensor, Losses]:
         found, losses = gradients(batch, draws, scale)
         return torch.cat([g.flatten() for g in found]), losses
 
-    def update(gradient: Tensor, loss: Tensor) -> None:
-        apply(list(optimizer.parts(gradient).values()), loss)
+    def update(gradient: Tensor, losses: Losses) -> None:
+        apply(list(optimizer.parts(gradient).values()), losses)
 
     def graph(function: Callable[..., Any]) -> Callable[..., Any]:
         mode = "default" if config.compile in ("auto", "off") else config.compile
@@ -188,7 +212,8 @@ def _compiled_train_step(
             kwargs = {"options": {**torch._inductor.list_mode_options(mode), "reorder_for_compute_comm_overlap": True}}
         return torch.compile(function, fullgraph=True, backend=backend, **kwargs)
 
-    for tensor in (optimizer.flat, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step, optimizer.position, state.tally):
+    tensors = (optimizer.flat, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step, optimizer.position)
+    for tensor in (*tensors, state.tally, state.sums):
         torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place
     one_graph, part, end = graph(whole), graph(flat), graph(update)
 
@@ -202,7 +227,7 @@ def _compiled_train_step(
             total.add_(gradient)
             losses.append(Losses(*(scalar.clone() for scalar in loss)))  # a CUDA graph writes its results to the same memory
         mean = _mean(losses)
-        end(total, mean.total)
+        end(total, mean)
         return mean
 
     return train_step
@@ -269,7 +294,8 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
         if cam is not None:  # NaN compares as not masked: let it reach the loss instead of passing silently
             distill = distill.masked_fill(~cam.isfinite().all(), torch.nan)
         ours.pull_back(cotangents)
-        return _losses(config, task, distill)
+        losses = _losses(config, task, distill, mask_share(cam, strategy, draws, patches=vit.patches))
+        return losses if cam is None else losses._replace(cam_entropy=entropy(cam).to(task.dtype))
 
     return body
 
@@ -278,8 +304,8 @@ def _add(one: Cotangents, other: Cotangents) -> Cotangents:
     return Cotangents(*(a if b is None else b if a is None else a + b for a, b in zip(one, other, strict=True)))
 
 
-def _losses(config: TrainConfig, task: Tensor, distill: Tensor) -> Losses:
-    return Losses(config.w_task * task + config.w_distill * distill, task, distill)
+def _losses(config: TrainConfig, task: Tensor, distill: Tensor, masked: Tensor | None = None) -> Losses:
+    return Losses.of(config.w_task * task + config.w_distill * distill, task, distill, masked)
 
 
 def eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) -> Callable[[], Forward]:

@@ -25,7 +25,7 @@ from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.masking import MaskRandomness, counterfactual, sample_mask_randomness
 from cammask_fast.model.classifier import Classifier, interpolate
 from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
-from cammask_fast.progress import DataWait
+from cammask_fast.progress import DataWait, Throughput
 from cammask_fast.runtime.run_dir import refuse_changes
 from cammask_fast.runtime.signals import TrainingPreempted
 from cammask_fast.state import Snapshot, StepStats, TrainState
@@ -67,8 +67,11 @@ class Run:
     settings: Mapping[str, Any] | None = None
     """With which a run must have been begun to go on here."""
     log: Callable[[Mapping[str, Any]], None] | None = None
-    resumed: Callable[[int, Path | None], None] | None = None
-    """Told the step from which the run goes on, and the checkpoint."""
+    """Gets a line per look at the steps and one per epoch."""
+    evaluate: Callable[[Classifier], Mapping[str, float]] | None = None
+    """Accuracies by name, in percent, of evaluation sets beside the validation images; called after every epoch."""
+    resumed: Callable[[int, int, Path | None], None] | None = None
+    """Gets the step from which the run resumes, the epochs that are complete, and the checkpoint."""
     stop: Callable[[], bool] = _go_on
     """Whether this process has been asked to save and leave."""
     debug: Path | None = None
@@ -89,7 +92,7 @@ class Run:
             state.generator.set_state(own.clone())  # set_state reads from the start of the storage, whatever the view
             loader.load_state_dict(saved.metadata["loader"])
         if self.resumed is not None:
-            self.resumed(state.step, None if found is None else found.path)
+            self.resumed(state.step, state.epoch, None if found is None else found.path)
 
     def save(self, state: TrainState, loader: Loader) -> None:
         """On all processes at the same step; rank 0 writes."""
@@ -135,7 +138,7 @@ def fine_tune(
     state = TrainState.create(student, config, steps_per_epoch=len(train), compiled=compiled, rank=rank)
     step = build_train_step(state, teacher, config, processes=run.world.size)
     run.resume(state, train)
-    wait, vote = DataWait(device), distributed.AsyncAnyFlag()
+    wait, vote, pace = DataWait(device), distributed.AsyncAnyFlag(), Throughput(state.step * config.batch_size)
     for epoch in range(state.epoch, config.epochs):
         train.set_epoch(epoch)
         for batch in wait.over(train):
@@ -144,7 +147,8 @@ def fine_tune(
             step(parts)
             state.step += 1
             if state.step % log_every == 0 or state.step == steps:
-                log_and_check_finite(state, config, parts, run, steps, progress, wait.share)
+                speed = pace.read(state.step * config.batch_size)
+                log_and_check_finite(state, config, parts, run, steps, progress, wait.share, speed)
             stop = vote(run.stop())
             if stop or (run.save_every and state.step % run.save_every == 0):
                 run.save(state, train)
@@ -153,9 +157,11 @@ def fine_tune(
             distributed.heartbeat(f"loading the images of step {state.step + 1}")
         stop = vote.count()
         if validation is not None or epoch + 1 == config.epochs:
-            score = math.nan if validation is None else accuracy(student.eval().stored_in(dtype), validation, device=device)
-            state.keep_if_best(score, take_last=validation is None or config.resolved.interpolate)
+            scores = epoch_scores(student.eval().stored_in(dtype), validation, run, device)
+            state.keep_if_best(scores.get("validation", math.nan), take_last=validation is None or config.resolved.interpolate)
             student.train()
+            if run.log is not None:
+                run.log({"step": state.step, "epoch": epoch + 1, "accuracy": scores})
         state.epoch = epoch + 1
         run.save(state, train)
         if stop and state.epoch < config.epochs:
@@ -179,6 +185,12 @@ def split_microbatches(batch: Batch, config: TrainConfig, state: TrainState, wor
     return [(piece, drawn.part(world.rank * own + size * i, size, pool)) for i, piece in enumerate(pieces)]
 
 
+def epoch_scores(model: Classifier, validation: Loader | None, run: Run, device: torch.device) -> dict[str, float]:
+    """Accuracy in percent after an epoch: `validation`, where there is one, and the run's evaluation sets."""
+    scores = {} if validation is None else {"validation": accuracy(model, validation, device=device)}
+    return scores | dict(run.evaluate(model) if run.evaluate is not None else {})
+
+
 def log_and_check_finite(
     state: TrainState,
     config: TrainConfig,
@@ -187,13 +199,14 @@ def log_and_check_finite(
     steps: int,
     progress: Progress | None,
     waited: float,
+    images_per_second: float,
 ) -> None:
     """Read the tally and report it. Raises NonFiniteLoss after too many steps in a row that were skipped."""
     tally = state.read_and_reset()
     if run.log is not None:
-        lr = state.learning_rate()
-        loss = tally.loss if math.isfinite(tally.loss) else None
-        run.log({"step": state.step, "epoch": state.epoch, "loss": loss, "lr": lr, "skipped": tally.skipped})
+        values = {"loss": tally.loss, **tally.metrics, "lr": state.learning_rate(), "images_per_second": images_per_second}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        run.log({"step": state.step, "epoch": state.epoch, **finite, "skipped": tally.skipped})
     if tally.bad_in_a_row >= min(config.max_skipped, steps):
         first = state.step - tally.bad_in_a_row + 1
         where = _debug_bundle(state, config, parts, run, tally)

@@ -111,7 +111,7 @@ def furthest(one: Classifier, other: Classifier) -> tuple[str, float]:
 def test_the_compiled_run_is_the_eager_run(name: str) -> None:
     ours, eager = compiled_run(name), eager_run(name)
     for one, other in zip(ours.losses, eager.losses, strict=True):
-        assert [part.item() for part in one] == pytest.approx([part.item() for part in other], rel=1e-11)
+        assert [part.item() for part in one] == pytest.approx([part.item() for part in other], rel=1e-11, nan_ok=True)
     worst, error = furthest(ours.state.student, eager.state.student)
     assert error < 1e-11, worst
     assert furthest(ours.state.student, pair()[0])[1] > 1e-4, "the parameters must have moved"
@@ -278,12 +278,13 @@ def test_a_saved_state_goes_on_eagerly_or_compiled(before: bool, after: bool) ->
             if state.step == 3:
                 found[0].fill_(torch.nan)
             if isinstance(state.optimizer, FlatAdamW):
-                state.update(loss, state.optimizer.update(torch.cat([g.flatten() for g in found]), loss))
+                clipped = state.optimizer.update(torch.cat([g.flatten() for g in found]), loss)
+                state.update(Losses(*[loss] * 5), clipped)
             else:
                 assert state.schedule is not None
                 for parameter, gradient in zip(parameters, found, strict=True):
                     parameter.grad = gradient
-                state.update(loss, clipped_step(state.optimizer, parameters, loss, clip_norm=1.0))
+                state.update(Losses(*[loss] * 5), clipped_step(state.optimizer, parameters, loss, clip_norm=1.0))
                 if state.step < 19:
                     state.schedule.step()
             state.step += 1

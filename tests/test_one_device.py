@@ -81,8 +81,8 @@ def test_the_compiled_form_with_its_update(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     student, teacher, data, draws = shapes(config)
     trained = dict(student.requires_grad_(True).named_parameters())
-    tally = torch.zeros(4, dtype=torch.float64, device=META)
-    state = TrainState(student, FlatAdamW(trained, config.optim, total_steps=5), None, torch.Generator(), tally)
+    tally, sums = (torch.zeros(n, dtype=torch.float64, device=META) for n in (4, 5))
+    state = TrainState(student, FlatAdamW(trained, config.optim, total_steps=5), None, torch.Generator(), tally, sums)
     step, losses = build_train_step(state, teacher, config), list[Losses]()
     with Elsewhere() as watch:
         losses.append(step([(data, draws)]))

@@ -290,7 +290,8 @@ def test_gradients_at_bf16_weights_are_those_that_pass_through_their_cast(name: 
     losses = body(cast, teacher.stored_in(torch.bfloat16), data, draws, 1.0)
     expected = gradients_in(student)
     student.zero_grad()
-    assert build_step(student, teacher, config)(data, draws) == losses
+    again = build_step(student, teacher, config)(data, draws)
+    assert torch.equal(torch.stack(again).nan_to_num(), torch.stack(losses).nan_to_num())
     assert {name: g.dtype for name, g in gradients_in(student).items()} == dict.fromkeys(parameters, torch.float32)
     assert wrong_gradients(student, expected, tolerance=0) == {}
     assert all(torch.equal(before[name], parameter) for name, parameter in parameters.items())

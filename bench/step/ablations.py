@@ -162,6 +162,6 @@ def build_ablated_step(student: Classifier, teacher: Classifier, config: TrainCo
         rest = config.w_distill * distill
         (rest if switches.early_backward else rest + config.w_task * task).backward()
         task, distill = task.detach(), distill.detach()
-        return Losses(config.w_task * task + config.w_distill * distill, task, distill)
+        return Losses.of(config.w_task * task + config.w_distill * distill, task, distill)
 
     return step

@@ -132,7 +132,7 @@ def build_authors_step(student: Classifier, teacher: Classifier, config: TrainCo
         task = F.cross_entropy(forward(student, pixels).logits, batch.labels)
         if config.resolved.distill == "none":
             (config.w_task * task).backward()
-            return Losses(config.w_task * task.detach(), task.detach(), torch.zeros_like(task))
+            return Losses.of(config.w_task * task, task, torch.zeros_like(task))
         with torch.no_grad():
             theirs = forward(teacher, shown, key_mask=key_mask, kept_tokens=kept_tokens)
         ours = forward(student, shown, key_mask=key_mask, kept_tokens=kept_tokens)
@@ -142,6 +142,6 @@ def build_authors_step(student: Classifier, teacher: Classifier, config: TrainCo
             distill = logit_distillation(ours.logits, theirs.logits, temperature=config.kd_temperature)
         total = config.w_task * task + config.w_distill * distill
         total.backward()
-        return Losses(total.detach(), task.detach(), distill.detach())
+        return Losses.of(total, task, distill)
 
     return step

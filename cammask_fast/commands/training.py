@@ -147,8 +147,8 @@ def train_with_progress(
     with TrainingProgress(steps * config.batch_size, silent=not dist_info.is_main_process) as progress:
         log = RunLog(out, warn=warn)
 
-        def resumed(step: int, path: Path | None) -> None:
-            log.truncate_after(step)
+        def resumed(step: int, epoch: int, path: Path | None) -> None:
+            log.truncate_after(step, epoch)
             progress.begin(step * config.batch_size)
             if path is not None:
                 print(f"cammask: resuming from step {step} of {steps}, {path}", file=sys.stderr)

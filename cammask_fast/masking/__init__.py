@@ -2,6 +2,7 @@
 
 from cammask_fast.masking.counterfactual import Counterfactual, MaskedInput, counterfactual, masked_input
 from cammask_fast.masking.randomness import MaskRandomness, sample_mask_randomness
+from cammask_fast.masking.statistics import entropy, mask_share
 from cammask_fast.masking.strategy import Strategy, parse_strategy
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "MaskedInput",
     "Strategy",
     "counterfactual",
+    "entropy",
+    "mask_share",
     "masked_input",
     "parse_strategy",
     "sample_mask_randomness",

@@ -123,20 +123,24 @@ def _born(pid: Any) -> str | None:
 
 
 class RunLog:
-    """A JSON line per look at the run: step, mean loss of the steps since the last, learning rate, skipped steps so far."""
+    """A JSON line per look at the steps (means since the last: loss and its parts, gradient norm, mask share, entropy of the
+    maps, images per second; learning rate, skipped steps so far) and one per epoch (accuracies in percent, by set)."""
 
     def __init__(self, folder: Path, *, warn: Callable[[str], None]):
         self.path, self.warn, self.failed = folder / LOG, warn, False
         self.pending: list[str] = []
 
-    def truncate_after(self, step: int) -> None:
-        """Forget what came after `step`, from where the run goes on. Raises ValueError when the file cannot be written."""
+    def truncate_after(self, step: int, epoch: int | None = None) -> None:
+        """Drop what came after `step` and the epoch of that number, from where the run resumes. Raises OSError when the file
+        cannot be written."""
         if not self.path.exists():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                found = json.loads(line)
+                repeated = "accuracy" in found and epoch is not None and found["epoch"] > epoch
+                if found["step"] <= step and not repeated:
                     kept.append(line + "\n")
             except (ValueError, TypeError, KeyError):  # a line that a kill has cut off
                 continue
