@@ -423,4 +423,3 @@ def main(paths: list[str]) -> int:
         print("usage: python -m tests.parity FILE.npz …", file=sys.stderr)
         return 2
     return 1 if failures else 0
-
