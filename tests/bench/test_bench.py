@@ -410,7 +410,7 @@ def race(provider: str, seconds: float, **changes: Any) -> dict[str, Any]:
 
 def test_every_run_of_a_race_counts_and_the_goal_is_judged() -> None:
     runs = [
-        race("authors", 2.8), race("ours-eager", 2.0), race("authors", 2.6), race("ours-eager", 2.0),
+        race("authors", 2.8), race("ours-eager", 2.0), race("authors", 2.6), race("ours-eager", 2.0), race("ours-eager", 9.0),
         race("authors-bf16", 1.0, precision="bf16"), race("ours-eager-bf16", 0.5, precision="bf16"),
         race("ours-eager", 1.0, cpu="no opponent"), race("authors", 1.0, cpu="failed", error="x"),
     ]  # fmt: skip
