@@ -165,8 +165,8 @@ def machine(results: Mapping[str, Any]) -> str:
 
 
 def accuracy_section(results: Mapping[str, Any]) -> str:
-    """The short report in Markdown: accuracies, paired differences, machine and command."""
-    sentences = [f"- {line}" for line in paired(results)]
+    """The short report in Markdown: accuracies, what they show, paired differences, machine and command."""
+    sentences = [f"- {line}" for line in [*reading(results)[:2], *paired(results)]]
     command = "`make demo-full`" if results.get("full") else "`make demo`"
     return "\n".join([accuracy_table(results), "", *sentences, "", f"{command}: {machine(results)}"])
 
