@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARALLEL ?= --numprocesses 2 --dist loadfile
 
-.PHONY: demo demo-full test lint bench gpu clean
+.PHONY: demo demo-full test lint docs bench gpu clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,7 +24,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# Not --quiet: mkdocs counts only the warnings that it prints.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+test: lint docs
 	$(BIN)/python -m pytest -m "not alone" $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/kernels $(PARALLEL)
 	$(BIN)/python -m pytest -m alone
@@ -36,4 +40,4 @@ gpu: $(STAMP)
 	$(BIN)/python -m bench gpu --out gpu-records
 
 clean:
-	rm -rf $(VENV) demo demo-full
+	rm -rf $(VENV) demo demo-full site

@@ -16,7 +16,7 @@ COMMANDS = {
     "scaling": ("bench.scaling", "a model of data-parallel training on many GPUs"),
     "soak": ("bench.soak", "a run of several processes under random faults, against the same run undisturbed"),
     "gpu": ("bench.gpu", "tests and microbenchmarks on a CUDA machine"),
-    "report": ("bench.report", "write the tables of bench/results into the README"),
+    "report": ("bench.pages", "write the tables of bench/results into the README and docs/"),
 }
 """Module with add_arguments(parser) and main(options) -> exit code, imported when the command is chosen."""
 

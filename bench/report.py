@@ -1,15 +1,12 @@
-"""Tables for the README from the records in bench/results: `python -m bench report`."""
+"""Markdown sections made from the records in bench/results; `bench.pages` writes them into the README and docs/."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench.data import loaders
 from bench.kernels.cpu import markdown
-from bench.records import ROOT, read
 from bench.step import cam_options, time_to_accuracy
 from cammask_fast.viz.tables import markdown_table
 
@@ -17,37 +14,9 @@ NO_GPU = "No GPU figures yet: none has been measured."
 NO_CPU = "No CPU figures yet: none has been measured."
 NO_DATA_ON_GPU = "Loading is not yet measured on a GPU; here is what a CPU shows."
 NO_STEP_ON_GPU = "The step is not yet measured on a GPU; here are its counted work and memory and what a CPU shows."
+GOALS = {("ViT-B/16", "masked-object"): 1.4, ("ViT-B/32", "masked-object"): 1.35, ("ViT-B/16", "masked-topk"): 1.8}
+"""How much faster than the authors' algorithm the float32 step was meant to be on a CPU, set before it was measured."""
 Records = Sequence[Mapping[str, Any]]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--readme", type=Path, default=ROOT / "README.md", help="file with the markers (default: the checkout's)"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "bench/results", help="folder of *.jsonl (default: the checkout's)"
-    )
-
-
-def main(options: argparse.Namespace) -> int:
-    records = [record for path in sorted(options.results.glob("*.jsonl")) for record in read(path)]
-    text = options.readme.read_text()
-    text = fill(text, "gpu", gpu_section(records))
-    text = fill(text, "step", step_section(records))
-    text = fill(text, "runs", runs_section(records))
-    text = fill(text, "data", data_section(records))
-    text = fill(text, "cpu", f"{cpu_section(records)}\n\n{static_section(records)}".strip())
-    options.readme.write_text(text)
-    print(f"written to {options.readme}")
-    return 0
-
-
-def fill(text: str, name: str, section: str) -> str:
-    """Replace what stands between `<!-- name:begin -->` and `<!-- name:end -->`. Raises ValueError without one of each."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"README: expected one {begin} and one {end} after it")
-    return f"{text.split(begin)[0]}{begin}\n\n{section}\n\n{end}{text.split(end)[1]}"
 
 
 def gpu_section(records: Records) -> str:
@@ -71,6 +40,45 @@ def gpu_section(records: Records) -> str:
             where += f"; its own copy rate {copy:.0f} GB/s and bf16 product {product:.0f} TFLOP/s in the same run"
         sections.append(f"{where}.\n\n{markdown_table(header, rows)}")
     return "\n\n".join(sections) or NO_GPU
+
+
+def gpu_status(records: Records) -> str:
+    """One sentence: which parts have been measured on which GPU, and which on none."""
+    parts = {
+        "kernels": [r for r in records if r.get("provider") in ("triton", "reference", "compiled")],
+        "training step": [r for r in records if r.get("op") in ("step", "ablation")],
+        "data loading": [r for r in records if r.get("op") == "data"],
+    }
+    gpus = {name: sorted({r["gpu"] for r in of_part if "gpu" in r and "error" not in r}) for name, of_part in parts.items()}
+    said = [f"{name} on {' and '.join(found)}" for name, found in gpus.items() if found]
+    missing = [name for name, found in gpus.items() if not found]
+    sentences = [f"Measured on a GPU: {', '.join(said)}."] if said else []
+    if missing:
+        sentences.append(f"Not measured on a GPU yet: {', '.join(missing)}.")
+    return " ".join(sentences)
+
+
+def gains_section(records: Records) -> str:
+    """Every recorded CPU race of the step: seconds of the authors' algorithm over ours, in the same precision, against the
+    ratio of the counted work and the goal."""
+    groups: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    authors: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    for record in (r for r in records if r.get("op") == "step" and "cpu" in r and "error" not in r):
+        race = (record["arch"], record["mode"], record["cpu"], str(record["batch"]), record["precision"])
+        if record["provider"] in ("authors", "authors-bf16"):
+            authors[race] = record
+        elif record["provider"] in ("ours-eager", "ours-eager-bf16") and race in authors:
+            base = authors.pop(race)
+            measured = base["seconds_p50"] / record["seconds_p50"]
+            groups.setdefault(race, []).append((measured, base["forward_units"] / record["forward_units"]))
+    rows = []
+    for (arch, mode, cpu, batch, precision), runs in groups.items():
+        goal = GOALS.get((arch, mode)) if precision == "fp32" else None
+        met = "-" if goal is None else f"{goal:.2f}x: met by {sum(m >= goal for m, _ in runs)} of {len(runs)}"
+        gains = ", ".join(f"{m:.2f}x" for m, _ in runs)
+        rows.append([arch, mode, precision, batch, cpu, f"{runs[-1][1]:.2f}x", gains, met])
+    header = ["model", "method", "precision", "batch", "machine", "counted work", "measured, run by run", "goal"]
+    return markdown_table(header, rows) if rows else NO_CPU
 
 
 def _milliseconds(record: Mapping[str, Any] | None) -> str:

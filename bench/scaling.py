@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from bench.records import ROOT
 from bench.step.race import CLASSES, Race, counted
 from cammask_fast.config import TrainConfig
 from cammask_fast.distributed import BUCKET_BYTES
@@ -49,19 +48,11 @@ class Work(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--write", action="store_true", help="into docs/scaling.md")
+    """No options; `bench report` writes the tables into docs/resume-and-scaling.md."""
 
 
 def main(options: argparse.Namespace) -> int:
-    text = tables()
-    if not options.write:
-        print(text)
-        return 0
-    page = ROOT / "docs/scaling.md"
-    begin, end = "<!-- model:begin -->", "<!-- model:end -->"
-    before, after = page.read_text().split(begin)[0], page.read_text().split(end)[1]
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
-    print(f"written to {page}")
+    print(tables())
     return 0
 
 

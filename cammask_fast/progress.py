@@ -55,7 +55,7 @@ class Throughput:
 
 
 class TrainingProgress:
-    """A progress bar on a terminal, otherwise a plain line on stdout for every tenth of the run.
+    """A progress bar on a terminal, otherwise a plain line for every tenth of the run; both on stderr.
 
     Called as `train.Progress`: (phase, images done, images in total, mean loss, share of the time spent waiting
     for data).

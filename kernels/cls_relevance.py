@@ -7,6 +7,7 @@ statistics (unless lse is given), the sum over queries per head and key, the mea
 row of dO is not zero, takes O(L d) per head and two launches. No atomics: equal inputs give equal bits. The statistics keep a
 row's m score and the logarithm of its sum apart, so that confident attention is as exact as torch.softmax.
 Source: MM-CAM's rollout R += A_bar R, of which only the CLS row is used (r A_bar, from the last layer to the first).
+Shape letters: `kernels/__init__.py`.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"

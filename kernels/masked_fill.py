@@ -8,6 +8,7 @@ Every output pixel is loaded from exactly one source: the image, or its donor, o
 whose patches are a multiple of 16 pixels wide (ViT-B/32, ViT-B/16; nearest up-sampling) are read 16 pixels at a time as three
 16-byte loads; patches of even width (ViT-L/14) two pixels at a time as three 2-byte loads; everything else byte by byte.
 Source: paper section 3.3 (masking and filling) and CLIP's pixel normalisation.
+Shape letters: `kernels/__init__.py`.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"

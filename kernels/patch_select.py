@@ -5,6 +5,7 @@
 
 Top-k is a rank count: patch i is masked when fewer than k patches come before it, by higher c or, at equal c, lower index. The
 kept tokens are written at the running count of unmasked patches, behind the CLS token. Source: paper section 3.3.
+Shape letters: `kernels/__init__.py`.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"

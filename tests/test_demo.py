@@ -13,7 +13,7 @@ import pytest
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
 from cammask_fast.data.datasets.texture_digits_splits import OOD_SETS
 from cammask_fast.demo import run as demo
-from cammask_fast.demo.report import accuracy_table, claims, write_report
+from cammask_fast.demo.report import claims, write_report
 from cammask_fast.model.zero_shot import tiny_classifier
 from cammask_fast.viz.plots import gallery
 
@@ -74,11 +74,9 @@ def test_a_worker_error_ends_the_demo() -> None:
         demo.run_all([broken], workers=1)
 
 
-def test_the_committed_results_are_the_readmes_and_show_the_claim() -> None:
+def test_the_committed_results_show_the_claim() -> None:
     results = json.loads((ROOT / "bench/results/demo.json").read_text())
     assert results["seeds"] == [0, 1, 2]
-    for file in (ROOT / "bench/results").glob("demo*.json"):
-        assert accuracy_table(json.loads(file.read_text())) in (ROOT / "README.md").read_text(), file.name
     assert all(held for _, _, held in claims(results)), claims(results)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.__main__ import main
+from bench.pages import fill
 from bench.records import ROOT
 from cammask_fast.cam.localisation import localisation, object_patches
 from cammask_fast.demo.report import (
-    BEGIN,
-    END,
+    accuracy_section,
     accuracy_table,
     claims,
+    compared,
     mean_curves,
     mean_std,
     paired,
-    refresh_readme,
+    reading,
+    summary,
     write_report,
 )
 from cammask_fast.distributed import BUCKET_BYTES
@@ -77,6 +78,39 @@ def test_paired_differences_are_seed_by_seed() -> None:
     fd, wise = paired(results())
     assert "+1.00, +1.00 (mean +1.00)" in fd
     assert "+1.00, +2.00 (mean +1.50)" in wise
+    assert "95 % interval -4.85 to +7.85 (t, 0 of 2 seeds negative): not told apart" in wise, "12.71 * 0.707 / 1.414"
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([-0.56, -0.38, -0.77], "95 % interval -1.05 to -0.09 (t, 3 of 3 seeds negative): lower"),
+        ([-0.04, -0.65, -0.71], "95 % interval -1.39 to +0.45 (t, 3 of 3 seeds negative): not told apart"),
+        ([0.5, 0.6, 0.4], "95 % interval +0.25 to +0.75 (t, 0 of 3 seeds negative): higher"),
+        ([-1.0], "one seed says nothing about the sign"),
+    ],
+)
+def test_a_sign_is_claimed_only_where_the_interval_has_one(differences: list[float], verdict: str) -> None:
+    assert compared("a", "b", differences).endswith(verdict)
+
+
+def test_sentences_follow_the_numbers() -> None:
+    shift, keep = reading(results())
+    assert shift == "ft against zero-shot: +10.0 points of ID, -10.0 with the background flipped, -10.0 of average OOD"
+    assert keep.endswith("within 0.5 points: masked-object (+5.0 ID, +0.0 OOD)")
+    assert reading(results(ood=[74.4, 74.4]))[1].endswith("within 0.5 points: none")
+    cam = copy.deepcopy(results())
+    cam["cam"]["masked-object"] = [{"mm-cam": {"energy": 55.5, "area": 40.0}, "grad-cam": {"energy": 49.0, "area": 40.0}}] * 2
+    mm_cam, grad_cam = reading(cam)[2:]
+    assert mm_cam.startswith("MM-CAM energy on the digit: 55.5 % after masked-object, +5.5 points against ft, +15.5 against")
+    assert "-1.0 points against ft, +9.0 against" in grad_cam
+
+
+def test_the_short_report_is_part_of_the_whole_one() -> None:
+    short, whole = accuracy_section(results()), summary(results())
+    assert all(line in whole for line in short.splitlines() if line.startswith(("|", "-")))
+    assert "`make demo`: 2 seeds; 12 s and 100 MB on 2 cores (c), torch t, d" in short
+    assert accuracy_section(results() | {"full": True}).splitlines()[-1].startswith("`make demo-full`: ")
 
 
 def test_curves_average_over_seeds_and_end_at_the_method() -> None:
@@ -109,25 +143,6 @@ def test_contact_sheet(tmp_path: Path) -> None:
         contact_sheet(tmp_path / "missing" / "sheet.png", {"web": torch.zeros(1, 48, 48, 3, dtype=torch.uint8)})
 
 
-def test_readme_is_refreshed_between_its_markers(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"top\n{BEGIN}\nold\n{END}\nbottom\n")
-    refresh_readme(readme, json.loads(json.dumps(results())))
-    text = readme.read_text()
-    assert text.startswith("top\n")
-    assert text.endswith(f"{END}\nbottom\n")
-    assert "old" not in text
-    assert "85.0 ± 1.4" in text
-    full_begin, full_end = BEGIN.replace("results", "full results"), END.replace("results", "full results")
-    readme.write_text(f"{text}{full_begin}\n{full_end}\n")
-    refresh_readme(readme, results(ood=[60.0, 60.0]) | {"full": True})
-    assert readme.read_text().startswith(text + full_begin), "the other table stays"
-    assert "60.0 ± 0.0" in readme.read_text()
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match="expected one"):
-        refresh_readme(readme, results())
-
-
 def test_localisation_of_known_maps() -> None:
     coverage = torch.zeros(3, 12, 12)
     coverage[:, :6, :6] = 1.0
@@ -140,13 +155,14 @@ def test_localisation_of_known_maps() -> None:
     assert found.area == pytest.approx(25.0)
 
 
-def test_the_scaling_page_shows_what_the_command_prints() -> None:
+def test_the_scaling_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     from bench import scaling
 
-    words = [sys.executable, "-m", "bench", "scaling"]
-    text = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert main(["scaling"]) == 0
+    text = capsys.readouterr().out.strip()
     assert "ViT-L/14" in text
-    assert text in (ROOT / "docs/scaling.md").read_text()
+    page = (ROOT / "docs/resume-and-scaling.md").read_text()
+    assert fill(page, "model", text) == page
     work = scaling.Work(flops=1e12, units=7.5, parameters=100_000_000)
     step, whole, exposed = scaling.seconds(work, 8, 64)
     assert step == pytest.approx(64e12 / (989e12 * 0.4))

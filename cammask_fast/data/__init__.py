@@ -1,1 +1,1 @@
-"""One Batch from every source: the embedded benchmark and image folders."""
+"""One Batch from every source: image folders, tar shards, ImageNet and its shifts, and the embedded benchmark."""

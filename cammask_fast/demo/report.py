@@ -1,15 +1,17 @@
-"""Tables and the HTML report of a demo; `python -m cammask_fast.demo.report PAGE.md results.json` refreshes a page's table."""
+"""Tables, sentences and the HTML report of a demo, all made from its results."""
 
 from __future__ import annotations
 
 import base64
 import html
 import json
+import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import t as student_t
 
 from cammask_fast.viz.plots import tradeoff
 from cammask_fast.viz.tables import markdown_table
@@ -23,7 +25,6 @@ td, th { border: 1px solid #ccc; padding: .25rem .6rem; text-align: right }
 td:first-child, th:first-child { text-align: left }
 img { max-width: 100% }
 """
-BEGIN, END = "<!-- results: written by `python -m cammask_fast.demo.report` -->", "<!-- end of results -->"
 
 
 def mean_std(values: Sequence[float]) -> str:
@@ -82,27 +83,84 @@ def claims(results: Mapping[str, Any]) -> list[tuple[str, float, bool]]:
     return [(sentence, margin, margin >= 0) for sentence, margin in margins]
 
 
+def compared(name: str, other: str, differences: Sequence[float]) -> str:
+    """One sentence on paired differences (one per seed): mean, sign of each, and what a 95 % t interval says of the sign.
+
+    Args:
+        name: the method whose scores come first in each difference.
+        other: the method whose scores are subtracted.
+        differences: points of accuracy, `name` minus `other`, one per seed.
+    """
+    mean, count = statistics.mean(differences), len(differences)
+    shown = ", ".join(f"{d:+.2f}" for d in differences)
+    text = f"{name} - {other}, mean of ID and OOD, per seed: {shown} (mean {mean:+.2f})"
+    if count < 2:
+        return f"{text}; one seed says nothing about the sign"
+    half = float(student_t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
+    low, high = mean - half, mean + half
+    verdict = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
+    signs = f"{sum(d < 0 for d in differences)} of {count} seeds negative"
+    return f"{text}; 95 % interval {low:+.2f} to {high:+.2f} (t, {signs}): {verdict}"
+
+
 def paired(results: Mapping[str, Any]) -> list[str]:
-    """Headline minus FT_FD and WiSE-FT in the mean of ID and OOD, seed by seed."""
+    """Headline minus FT_FD and WiSE-FT in the mean of ID and OOD, seed by seed, with the interval of the mean."""
     methods, headline = results["methods"], results["headline"]
-    lines = []
-    for other in ("ft-fd", "wise-ft"):
-        differences = [a - b for a, b in zip(both(methods[headline]), both(methods[other]), strict=True)]
-        shown = ", ".join(f"{d:+.2f}" for d in differences)
-        lines.append(f"{headline} - {other}, mean of ID and OOD, per seed: {shown} (mean {statistics.mean(differences):+.2f})")
+    return [
+        compared(headline, other, [a - b for a, b in zip(both(methods[headline]), both(methods[other]), strict=True)])
+        for other in ("ft-fd", "wise-ft")
+    ]
+
+
+def reading(results: Mapping[str, Any]) -> list[str]:
+    """What the tables show, in sentences whose signs and sizes come from the numbers."""
+    methods = results["methods"]
+    means = {name: {key: statistics.mean(methods[name][key]) for key in ("id", "ood_mean")} for name in _names(results)}
+    zero, tuned = means["zeroshot"], means["ft"]
+    flipped = statistics.mean(methods["ft"]["ood"]["flipped"]) - statistics.mean(methods["zeroshot"]["ood"]["flipped"])
+    lines = [
+        f"ft against zero-shot: {tuned['id'] - zero['id']:+.1f} points of ID, {flipped:+.1f} with the background flipped, "
+        f"{tuned['ood_mean'] - zero['ood_mean']:+.1f} of average OOD"
+    ]
+    robust = [
+        f"{name} ({m['id'] - zero['id']:+.1f} ID, {m['ood_mean'] - zero['ood_mean']:+.1f} OOD)"
+        for name, m in means.items()
+        if name != "zeroshot" and m["ood_mean"] >= zero["ood_mean"] - 0.5
+    ]
+    lines.append(f"methods that keep zero-shot's average OOD within 0.5 points: {', '.join(robust) or 'none'}")
+    cam, headline = results["cam"], results["headline"]
+    if "ft" in cam and headline in cam:
+        for kind, label in CAM_NAMES.items():
+            plain, masked = (statistics.mean(seed[kind]["energy"] for seed in cam[name]) for name in ("ft", headline))
+            area = statistics.mean(seed[kind]["area"] for seed in cam[headline])
+            lines.append(
+                f"{label} energy on the digit: {masked:.1f} % after {headline}, {masked - plain:+.1f} points against ft, "
+                f"{masked - area:+.1f} against the digit's area (chance)"
+            )
     return lines
 
 
 def summary(results: Mapping[str, Any]) -> str:
     """The report in Markdown: accuracies, claims, paired differences, CAM localisation, machine."""
-    env = results["environment"]
     held = [f"- [{'x' if ok else ' '}] {sentence} (margin {margin:+.1f})" for sentence, margin, ok in claims(results)]
-    machine = (
+    sentences = [f"- {line}" for line in [*reading(results), *paired(results)]]
+    return "\n".join([accuracy_table(results), "", *held, *sentences, "", cam_table(results), "", machine(results)])
+
+
+def machine(results: Mapping[str, Any]) -> str:
+    """Seeds, time, memory, machine and date of a demo, in one line."""
+    env = results["environment"]
+    return (
         f"{len(results['seeds'])} seeds; {results['seconds']:.0f} s and {results['peak_rss_mb']} MB on {env['cores']} cores "
         f"({env['cpu']}), torch {env['torch']}, {env['date']}"
     )
-    pairs = [f"- {line}" for line in paired(results)]
-    return "\n".join([accuracy_table(results), "", *held, *pairs, "", cam_table(results), "", machine])
+
+
+def accuracy_section(results: Mapping[str, Any]) -> str:
+    """The short report in Markdown: accuracies, what they show, paired differences, machine and command."""
+    sentences = [f"- {line}" for line in [*reading(results)[:2], *paired(results)]]
+    command = "`make demo-full`" if results.get("full") else "`make demo`"
+    return "\n".join([accuracy_table(results), "", *sentences, "", f"{command}: {machine(results)}"])
 
 
 def _centres(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -135,7 +193,7 @@ def write_report(out: Path, results: Mapping[str, Any]) -> str:
     held = "".join(
         f"<li>{'&#10003;' if ok else '&#10007;'} {html.escape(s)} (margin {m:+.1f})</li>" for s, m, ok in claims(results)
     )
-    held += "".join(f"<li>{html.escape(line)}</li>" for line in paired(results))
+    held += "".join(f"<li>{html.escape(line)}</li>" for line in [*reading(results), *paired(results)])
     settings = html.escape(json.dumps(dict(results["configs"], environment=results["environment"]), indent=1))
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>cammask demo</title>
@@ -161,17 +219,3 @@ def _html_table(markdown: str) -> str:
     head = "".join(f"<th>{cell}</th>" for cell in lines[0])
     body = "".join("<tr>" + "".join(f"<td>{cell.replace('**', '')}</td>" for cell in line) + "</tr>" for line in lines[2:])
     return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def refresh_readme(readme: Path, results: Mapping[str, Any]) -> None:
-    """Replace what stands between the README's markers of a demo, or of a full one. Raises ValueError without them."""
-    begin, end = (m.replace("results", "full results", 1) if results.get("full") else m for m in (BEGIN, END))
-    text = readme.read_text()
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"{readme}: expected one {begin!r} and one {end!r}")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    readme.write_text(f"{before}{begin}\n\n{summary(results)}\n\n{end}{after}")
-
-
-if __name__ == "__main__":
-    refresh_readme(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))

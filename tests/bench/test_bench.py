@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cammask_fast
-from bench import gpu, records, report
+from bench import gpu, pages, records, report
 from bench.__main__ import main
 from bench.data import loaders
 from bench.data.photographs import generate
@@ -52,7 +52,8 @@ def cells(row: str) -> list[str]:
         (["gpu"], "--out"),
         (["gpu", "--out", "x", "--part", "loader"], "loader"),
         (["gpu", "--out", "x", "--arch", "ViT-Z"], "ViT-Z"),
-        (["report", "--readme", "/nowhere/README.md"], "/nowhere"),
+        (["report", "--root", "/nowhere"], "/nowhere"),
+        (["report", "--only", "nonsense"], "nonsense"),
         (["step", "--batch", "1"], "--batch"),
         (["data", "--repeats", "1"], "--repeats"),
         (["data", "--images", "/nowhere"], "no folder at /nowhere"),
@@ -359,24 +360,22 @@ def gpu_records() -> list[dict[str, Any]]:
     ]
 
 
-def test_the_report_writes_gpu_records_into_the_readme(tmp_path: Path, measured: list[dict[str, Any]]) -> None:
-    readme, results = tmp_path / "README.md", tmp_path / "results"
+def test_the_report_writes_records_into_the_pages(tmp_path: Path, measured: list[dict[str, Any]]) -> None:
+    page, results = tmp_path / "docs/kernels.md", tmp_path / "results"
     results.mkdir()
-    readme.write_text(
-        "a\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nb\n<!-- cpu:begin -->\n<!-- cpu:end -->\nc\n"
-        "<!-- step:begin --><!-- step:end --><!-- runs:begin -->\n<!-- runs:end -->\n<!-- data:begin --><!-- data:end -->"
-    )
-    command = ["report", "--readme", str(readme), "--results", str(results)]
+    page.parent.mkdir()
+    page.write_text("a\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nb\n<!-- cpu:begin -->\n<!-- cpu:end -->\nc\n")
+    command = ["report", "--root", str(tmp_path), "--results", str(results), "--only", "gpu", "cpu"]
     assert main(command) == 0
-    assert report.NO_GPU in readme.read_text()
-    assert report.NO_CPU in readme.read_text()
-    assert "old" not in readme.read_text()
+    assert report.NO_GPU in page.read_text()
+    assert report.NO_CPU in page.read_text()
+    assert "old" not in page.read_text()
     for record in gpu_records():
         append(results / "h200.jsonl", record)
     for record in measured:
         append(results / "cpu.jsonl", record)
     assert main(command) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert report.NO_GPU not in text
     assert report.NO_CPU not in text
     assert "a GPU, driver 1.2, torch 2.15, Triton 3.9, commit abc; its own copy rate 4300 GB/s" in text
@@ -388,9 +387,40 @@ def test_the_report_writes_gpu_records_into_the_readme(tmp_path: Path, measured:
         ["counterfactual", "4", "4"],
         ["counterfactual", "49", "4"],
     ]
-    once = readme.read_text()
     assert main(command) == 0
-    assert readme.read_text() == once
+    assert page.read_text() == text
+
+
+def test_the_gpu_sentence_names_what_was_measured() -> None:
+    nothing = "Not measured on a GPU yet: kernels, training step, data loading."
+    failed = {"op": "data", "gpu": "a GPU", "error": "no"}
+    assert report.gpu_status([failed, {"op": "step", "cpu": "a CPU"}]) == nothing
+    some = "Measured on a GPU: kernels on a GPU. Not measured on a GPU yet: training step, data loading."
+    assert report.gpu_status(gpu_records()) == some
+    everything = [*gpu_records(), {"op": "step", "gpu": "b"}, {"op": "data", "gpu": "b"}, {"op": "data", "gpu": "a"}]
+    assert report.gpu_status(everything) == (
+        "Measured on a GPU: kernels on a GPU, training step on b, data loading on a and b."
+    )
+
+
+def race(provider: str, seconds: float, **changes: Any) -> dict[str, Any]:
+    units = 9.0 if provider.startswith("authors") else 7.5
+    where = {"op": "step", "cpu": "c", "batch": 2, "arch": "ViT-B/16", "mode": "masked-object", "precision": "fp32"}
+    return where | {"provider": provider, "seconds_p50": seconds, "forward_units": units} | changes
+
+
+def test_every_run_of_a_race_counts_and_the_goal_is_judged() -> None:
+    runs = [
+        race("authors", 2.8), race("ours-eager", 2.0), race("authors", 2.6), race("ours-eager", 2.0), race("ours-eager", 9.0),
+        race("authors-bf16", 1.0, precision="bf16"), race("ours-eager-bf16", 0.5, precision="bf16"),
+        race("ours-eager", 1.0, cpu="no opponent"), race("authors", 1.0, cpu="failed", error="x"),
+    ]  # fmt: skip
+    rows = [cells(line) for line in report.gains_section(runs).splitlines()[2:]]
+    assert rows == [
+        ["ViT-B/16", "masked-object", "fp32", "2", "c", "1.20x", "1.40x, 1.30x", "1.40x: met by 1 of 2"],
+        ["ViT-B/16", "masked-object", "bf16", "2", "c", "1.20x", "2.00x", "-"],
+    ]
+    assert report.gains_section([]) == report.NO_CPU
 
 
 def test_the_report_sums_up_the_static_table() -> None:
@@ -402,9 +432,9 @@ def test_the_report_sums_up_the_static_table() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "<!-- gpu:end --><!-- gpu:begin -->", 2 * "<!-- gpu:begin --><!-- gpu:end -->"])
-def test_a_readme_without_markers_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="gpu:begin"):
-        report.fill(text, "gpu", "section")
+def test_a_page_without_markers_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"docs/x\.md: expected one <!-- gpu:begin"):
+        pages.fill(text, "gpu", "section", page="docs/x.md")
 
 
 def test_tables_line_up() -> None:
