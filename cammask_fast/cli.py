@@ -154,6 +154,11 @@ def build_parser() -> Parser:
     _model(mask)
     _shared(mask, out=("mask.png", "PNG file"))
 
+    compare = command("compare", "compare.run_compare", "accuracies, paired differences and settings of finished runs")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of `cammask train`")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots")
+    compare.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
     doctor = command("doctor", "doctor.run_doctor", "what is installed, what works, what will be chosen; exit 1 if broken")
     doctor.add_argument("--json", action="store_true", help="print JSON")
 

@@ -61,15 +61,19 @@ def show_masked(axis: Any, image: Tensor, mask: Tensor) -> None:
 
 
 def gallery(path: Path, rows: Sequence[GalleryRow], *, cell: float = 1.35) -> None:
+    """Write `gallery_figure` as a PNG. Raises ValueError when it cannot be written."""
+    _save(gallery_figure(rows, cell=cell), path)
+
+
+def gallery_figure(rows: Sequence[GalleryRow], *, cell: float = 1.35) -> Figure:
     """Per row: image, CAM overlay, then mask and counterfactual of every strategy. cell: inches (110 pixels) per picture."""
     names = list(rows[0].strategies)
     columns = 2 + 2 * len(names)
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(cell * columns, 1.12 * cell * len(rows) + 0.2), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(cell * columns, 1.12 * cell * len(rows) + 0.2), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         line[0].imshow(row.image.numpy())
-        line[0].set_title(row.title, fontsize=8)
+        line[0].set_title(row.title.replace("$", r"\$"), fontsize=8)
         show_cam(line[1], row.image, row.cam)
         for i, name in enumerate(names):
             mask, filled = row.strategies[name]
@@ -81,7 +85,7 @@ def gallery(path: Path, rows: Sequence[GalleryRow], *, cell: float = 1.35) -> No
     for i, name in enumerate(names):
         axes[0][2 + 2 * i].set_title(f"{name}\nmask", fontsize=8)
         axes[0][3 + 2 * i].set_title("counterfactual", fontsize=8)
-    _save(figure, path)
+    return figure
 
 
 def map_figure(images: Tensor, maps: Tensor, titles: Sequence[str]) -> Any:
