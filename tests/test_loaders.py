@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cammask_fast.data.datasets.image_folder import ImageFolder, scan
@@ -250,6 +250,57 @@ def test_odd_files_are_read(tmp_path: Path, kind: Make) -> None:
         assert (shown[index].float() - by_pil.float()).abs().mean() <= 0.5, source.name(index)
 
 
+def field_files(root: Path) -> int:
+    """Readable files as people have them, in class `field`; returns their number."""
+    base = Image.open(write_image(root / "field" / "plain.jpg", 1, (90, 61))).convert("RGB")
+    folder = root / "field"
+    for kind in ("jpg", "png", "webp"):
+        base.save(folder / f"junk.{kind}", exif=b"Exif\0\0garbage!", dpi=(72, 72))
+        exif = Image.Exif()
+        exif[0x0112] = 8
+        base.save(folder / f"turned.{kind}", exif=exif)
+    inks = Image.merge("CMYK", [*(ImageOps.invert(band) for band in base.split()), Image.new("L", base.size)])
+    inks.save(folder / "inks.jpg", quality=95)
+    base.save(folder / "rgb.jpg", keep_rgb=True)
+    base.save(folder / "moves.gif", save_all=True, append_images=[base.rotate(90), base.rotate(180)])
+    base.save(folder / "moves.webp", save_all=True, append_images=[base.rotate(90)])
+    base.quantize(16).save(folder / "palette.png", transparency=3)
+    deep = np.asarray(base.convert("L")).astype(np.uint16) * 16
+    Image.fromarray(deep).save(folder / "deep.png")
+    Image.fromarray(deep // 4).save(folder / "deeper.png")
+    return len(list(folder.iterdir()))
+
+
+@LOADERS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_as_people_have_them(
+    tmp_path: Path, kind: Make, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cammask_fast.data.warn._said", set())
+    count = field_files(tmp_path)
+    source = scan(tmp_path)
+    loader = open_loader(kind, source, tmp_path, shuffle=False, workers=workers)
+    shown = {index: image for batch in loader for index, image in zip(batch.sample_ids.tolist(), batch.images, strict=True)}
+    assert not loader.bad.reasons
+    assert sorted(shown) == list(range(count))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cammask: warning")]
+    assert len(said) == 2, "one line for each number of bits"
+    assert all(
+        name in line and bits in line for name, bits, line in zip(("deep.png", "deeper.png"), ("12", "10"), said, strict=True)
+    )
+    named = {Path(source.name(index)).name: image.float() for index, image in shown.items()}
+    for index in range(count):
+        by_pil = decode(source.read(index), Transform(size=SIZE)).float()
+        assert (shown[index].float() - by_pil).abs().mean() <= 0.5, source.name(index)
+    for same_as_plain in ("junk.jpg", "junk.png", "junk.webp", "inks.jpg", "rgb.jpg", "moves.webp"):
+        assert (named[same_as_plain] - named["plain.jpg"]).abs().mean() <= 6, same_as_plain
+    grey = named["plain.jpg"].mean(2)
+    for deep in ("deep.png", "deeper.png"):
+        assert (named[deep].mean(2) - grey).abs().mean() <= 20, "as bright"
+    for turned in ("turned.png", "turned.webp"):
+        assert (named[turned] - named["turned.jpg"]).abs().mean() <= 6, turned
+
+
 def damaged_folder(root: Path) -> dict[str, str]:
     """Twelve readable images and five that are not, and what is said about those."""
     make_folder(root, {"a": 6, "b": 6})
@@ -310,13 +361,39 @@ def test_a_sample_does_not_depend_on_damaged_neighbours(tmp_path: Path) -> None:
 
 
 @LOADERS
-def test_too_many_bad_samples_stop_the_run(tmp_path: Path, kind: Make) -> None:
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path, kind: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cammask_fast.data.loaders.unreadable.FEW", 2)
     damaged_folder(tmp_path / "data")
     loader = open_loader(kind, scan(tmp_path / "data"), tmp_path, max_bad=0.12, shuffle=False)
     with pytest.raises(ValueError, match=r"3 of 17 images .* --max-bad 0.12 allows; the last is .*bad.tsv|listed in") as caught:
         list(loader)
     assert str(tmp_path / "bad.tsv") in str(caught.value)
     assert (tmp_path / "bad.tsv").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("total", "max_share", "stops_at"),
+    [(40, 0.01, 11), (40, 0.5, 21), (5000, 0.01, 51), (40, 0.0, 1), (8, 0.01, 8), (8, 1.0, None)],
+)
+def test_a_few_bad_samples_never_stop_a_run(tmp_path: Path, total: int, max_share: float, stops_at: int | None) -> None:
+    """A share says little of small data; 0 still means none, and without any image there is no run."""
+    bad = bad_samples(tmp_path, total, max_share=max_share)
+    for count in range(1, stops_at or total + 1):
+        bad.add(f"{count}.jpg", "damaged")
+    if stops_at is not None:
+        with pytest.raises(
+            ValueError, match="none is left" if stops_at == total else f"more than --max-bad {max_share:g} allows"
+        ):
+            bad.add("last.jpg", "damaged")
+
+
+def test_what_a_shard_has_lost_is_not_among_its_images(tmp_path: Path) -> None:
+    bad = bad_samples(tmp_path, 3, max_share=0.5)
+    bad.lost = 4
+    for count in range(6):
+        bad.add(f"{count}", "cut off")
+    with pytest.raises(ValueError, match="none is left"):
+        bad.add("6", "damaged")
 
 
 def test_a_batch_without_any_readable_sample_is_left_out(tmp_path: Path) -> None:

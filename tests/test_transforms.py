@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
 from cammask_fast.data.transforms import (
@@ -18,9 +20,13 @@ from cammask_fast.data.transforms import (
     Transform,
     centre_window,
     decode,
+    encoded_simply,
+    opened,
+    orientation,
     placed,
     random_window,
     to_pixels,
+    to_rgb,
 )
 from tests.test_folder import write_image
 
@@ -58,6 +64,124 @@ def test_turned_by_exif() -> None:
     turned = pixels(encoded(Image.fromarray(dark_below), exif=exif), 48)
     assert turned[:, 30:].min() == 255
     assert turned[:, :18].max() == 0
+
+
+JUNK = [
+    b"Exif\0\0garbage!",
+    b"Exif\0\0",
+    b"Exif\0\0II*\0\xff\xff\xff\xff",  # a directory beyond the end
+    b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 9,
+    b"no EXIF",
+]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("block", JUNK)
+def test_damaged_exif_does_not_matter(tmp_path: Path, kind: str, block: bytes) -> None:
+    image = Image.open(write_image(tmp_path / "image.png", 2, (61, 40)))
+    clean = pixels(encoded(image, kind, lossless=True))
+    for resolution in ({}, {"dpi": (72, 72)}):
+        np.testing.assert_array_equal(pixels(encoded(image, kind, exif=block, lossless=True, **resolution)), clean)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("turn", range(10))
+def test_turned_by_exif_in_every_format(tmp_path: Path, kind: str, turn: int) -> None:
+    """As PIL's own function turns them; 0 and 9 have no meaning."""
+    image = Image.open(write_image(tmp_path / "image.png", 2, (61, 40)))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encoded(image, kind, exif=exif, lossless=True)
+    assert orientation(opened(data)) == (turn if 1 <= turn <= 8 else 1)
+    np.testing.assert_array_equal(
+        np.asarray(to_rgb(opened(data))), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    )
+
+
+def test_exif_behind_the_pixels_of_a_png_counts(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.open(write_image(tmp_path / "image.png", 2, (61, 40))), exif=exif)
+    place = data.index(b"eXIf") - 4
+    chunk = data[place : place + 12 + int.from_bytes(data[place : place + 4], "big")]
+    end = data.index(b"IEND") - 4
+    moved = data[:place] + data[place + len(chunk) : end] + chunk + data[end:]
+    assert to_rgb(opened(moved)).size == (40, 61)
+    with pytest.raises(ValueError, match=r"."):
+        to_rgb(opened(data[: len(data) // 2]))
+
+
+def test_cmyk_with_adobes_marker_and_rgb_without_a_conversion(tmp_path: Path) -> None:
+    image = Image.open(write_image(tmp_path / "image.png", 2, (64, 64))).convert("RGB")
+    inks = Image.merge("CMYK", [*(ImageOps.invert(band) for band in image.split()), Image.new("L", image.size)])
+    for data in (encoded(inks, "JPEG", quality=98), encoded(image, "JPEG", quality=98, keep_rgb=True)):
+        assert b"Adobe" in data
+        assert not encoded_simply(opened(data))
+        assert np.abs(np.asarray(to_rgb(opened(data))).astype(int) - np.asarray(image)).mean() < 1
+    marker = data.index(b"\xff\xee")
+    unmarked = data[:marker] + data[marker + 2 + int.from_bytes(data[marker + 2 : marker + 4], "big") :]
+    assert b"Adobe" not in unmarked
+    assert not encoded_simply(opened(unmarked)), "by the names of its components"
+    assert encoded_simply(opened(encoded(image, "JPEG")))
+    assert encoded_simply(opened(encoded(image.convert("L"), "JPEG")))
+    assert not encoded_simply(opened(encoded(image, "PNG")))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation(kind: str) -> None:
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ((200, 10, 10), (10, 200, 10), (10, 10, 200))]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+    assert np.abs(pixels(data).astype(int) - (200, 10, 10)).max() <= 4
+
+
+@pytest.mark.parametrize("transparency", [1, b"\xff\x00\x80"])
+def test_a_palette_with_transparency(recwarn: pytest.WarningsRecorder, transparency: int | bytes) -> None:
+    image = Image.new("P", (40, 40), 1)
+    image.putpalette([0, 0, 0, 250, 120, 30, 9, 9, 9])
+    assert (pixels(encoded(image, transparency=transparency)) == (250, 120, 30)).all(), "the colour behind it"
+    assert not [warning for warning in recwarn if "alette" in str(warning.message)]
+
+
+def deep_png(values: NDArray[np.uint16], *, kind: int, significant: int | None = None) -> bytes:
+    """A PNG of 16 bits. values: (H, W, channels); kind: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    told = b"" if significant is None else chunk(b"sBIT", bytes([significant] * channels))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + told + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+@pytest.mark.parametrize(
+    ("highest", "significant", "bits"),
+    [
+        (4095, None, 12), (4000, None, 12), (1023, None, 10), (16383, None, 14), (255, None, 8), (65535, None, 16),
+        (16384, None, 16), (900, 12, 12), (4095, 12, 12), (65520, 12, 16), (5000, 12, 14), (900, 16, 16), (0, None, 8),
+    ],
+)  # fmt: skip
+def test_sixteen_bits_that_use_fewer(kind: int, channels: int, highest: int, significant: int | None, bits: int) -> None:
+    """By what the file says, unless its values are larger, as where they fill the upper bits; else by what it holds."""
+    values = np.random.default_rng(0).integers(0, highest + 1, (24, 24, channels)).astype(np.uint16)
+    values[0, 0] = highest
+    if channels in (2, 4):
+        values[..., -1] = 65535  # alpha does not count
+    notes: list[str] = []
+    shown = np.asarray(to_rgb(opened(deep_png(values, kind=kind, significant=significant)), note=notes.append))
+    colours = values[..., :1].repeat(3, 2) if channels < 3 else values[..., :3]
+    np.testing.assert_array_equal(shown, colours >> (bits - 8))
+    assert len(notes) == (bits < 16 and highest > 0)
+    assert all(f"of {bits} bits ({'its sBIT' if bits == significant else 'no value'}" in note for note in notes)
+
+
+def test_a_deep_png_that_is_cut_off_is_unreadable() -> None:
+    data = deep_png(np.random.default_rng(0).integers(0, 4096, (64, 64, 3)).astype(np.uint16), kind=2)
+    with pytest.raises(ValueError, match=r"."):
+        pixels(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cammask_fast.data.datasets.webdataset import write_classes
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
+from cammask_fast.data.reading import ReadError, read_sample
 from cammask_fast.data.sampler import epoch_order
 from cammask_fast.data.transforms import opened, to_rgb
 from cammask_fast.data.types import ImageSource
@@ -81,13 +82,15 @@ def _write_shard(
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for index in ids:
                 try:
-                    data = source.read(index)
+                    data = read_sample(source, index)
                     suffix = "jpg" if resize else _suffix(source.name(index))
                     if resize:
                         data = _resized(data, resize, quality)
                 except (OSError, EOFError, ValueError) as error:
                     bad.add(source.name(index), str(error))
                     continue
+                except ReadError as error:
+                    raise ValueError(f"{error}; what is packed stays, run again to go on") from None
                 for extension, content in ((suffix, data), ("cls", b"%d" % int(source.labels[index]))):
                     member = tarfile.TarInfo(f"{index:09d}.{extension}")
                     member.size = len(content)

@@ -5,19 +5,34 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
+
+from cammask_fast.data.bit_depth import keep_deep, to_eight_bits
+from cammask_fast.data.warn import warn_once
 
 LONGEST = 16
 """Images more than this many times as long as wide are first cut to it about their centre, so that memory stays bounded."""
 ORIENTATION = 0x0112  # EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How an image is turned upright, by its EXIF orientation."""
 EXACT_MODES = ("RGB", "L")
+RGB_COMPONENTS = [ord("R"), ord("G"), ord("B")]
 RAND_AUGMENT_BINS = 31
 
 
@@ -147,19 +162,44 @@ def opened(data: bytes) -> Image.Image:
         raise ValueError("the file is empty")
     try:
         with warnings.catch_warnings(action="ignore"):  # large images and odd metadata
-            return Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data))
+            if image.format == "PNG":
+                keep_deep(image, data)
+            return image
     except Exception as error:  # damaged files raise anything from struct.error to DecompressionBombError
         raise ValueError(_reason(error)) from None
 
 
-def to_rgb(image: Image.Image, *, border: int = 0) -> Image.Image:
-    """Pixels in RGB: turned by EXIF, 16 bits scaled to 8, the first frame of an animation, `border` pixels cut off on every
-    side, cut to `LONGEST`. Transparency is dropped. Raises ValueError on pixels that cannot be decoded."""
+def encoded_simply(image: Image.Image) -> bool:
+    """Whether an image is a JPEG in grey or YCbCr, whose colours every decoder agrees on. CMYK is not, nor is RGB without a
+    conversion, which Adobe's marker or the names of the components tell."""
+    if image.format != "JPEG" or image.mode not in EXACT_MODES:
+        return False
+    components = [component[0] for component in getattr(image, "layer", [])]
+    return image.mode == "L" or (image.info.get("adobe_transform", 1) == 1 and components != RGB_COMPONENTS)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1 where it has none, or one that cannot be read."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+            found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a damaged block raises anything from SyntaxError to struct.error; the pixels do not depend on it
+        return 1
+    return found if isinstance(found, int) and found in TURNS else 1
+
+
+def to_rgb(image: Image.Image, *, border: int = 0, note: Callable[[str], None] = warn_once) -> Image.Image:
+    """Pixels in RGB: turned by EXIF, more than 8 bits scaled to 8 (`note` is told where their number was found out), the first
+    frame of an animation, `border` pixels cut off on every side, cut to `LONGEST`. Transparency is dropped. Raises ValueError
+    on pixels that cannot be decoded."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image.load()  # before its EXIF is read, which may lie behind the pixels
+            turn = TURNS.get(orientation(image))
+            image = to_eight_bits(image, note)
+            if turn is not None:
+                image = image.transpose(turn)
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
             image = image.convert("RGB")
@@ -200,12 +240,15 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
     return v2.functional.resize(image, [height, width], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
 
 
-def decode(data: bytes, transform: Transform, *, epoch: int = 0, sample_id: int = 0) -> Tensor:
+def decode(
+    data: bytes, transform: Transform, *, epoch: int = 0, sample_id: int = 0, note: Callable[[str], None] = warn_once
+) -> Tensor:
     """One image as uint8 (size, size, 3): RGB, bicubic resize of the short side and centre crop, then the augmentations.
 
-    Sizes round as in torchvision's Resize and CenterCrop. Raises ValueError with the reason on data that cannot be decoded.
+    Sizes round as in torchvision's Resize and CenterCrop. `note` is told what had to be guessed. Raises ValueError with the
+    reason on data that cannot be decoded.
     """
-    image = to_rgb(opened(data), border=transform.border)
+    image = to_rgb(opened(data), border=transform.border, note=note)
     draw = transform.sample_params(epoch, sample_id, *image.size)
     return augmented(placed(to_pixels(image), draw, transform.size), draw, transform.augment)
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from cammask_fast.data.dali_versions import dali_failure
 from cammask_fast.data.loaders.dali_loader import HARDWARE_SHARE, DaliLoader, dali_installed
 from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import DEFAULT_MAX_BAD, UnreadableSamples
 from cammask_fast.data.transforms import Transform
 from cammask_fast.data.types import ImageSource
+from cammask_fast.data.warn import warn_once
 
 LOADERS = ("auto", "dali", "torch")
 REPORT = "bad_samples.tsv"
@@ -21,7 +23,7 @@ MOST_WORKERS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """Options of both loaders. kind: `auto` is DALI where it is installed. workers: see the loaders; None: the cores that this
+    """Options of both loaders. kind: `auto` is DALI where it works. workers: see the loaders; None: the cores that this
     process may use, at most 8. device: where DALI's batches lie. report: file with the unreadable samples. rank, world_size:
     this process among those that share the data. hardware_share: of the GPU's JPEG decoder."""
 
@@ -40,7 +42,12 @@ class LoaderConfig:
 
     @property
     def uses_dali(self) -> bool:
-        return self.kind == "dali" or (self.kind == "auto" and dali_installed())
+        if self.kind != "auto" or not dali_installed():
+            return self.kind == "dali"
+        failure = dali_failure(torch.device(self.device))
+        if failure is not None:
+            warn_once(f"NVIDIA DALI is installed, but does not work ({failure}): images are loaded by PyTorch")
+        return failure is None
 
     def build(
         self, source: ImageSource, transform: Transform, *, batch_size: int, shuffle: bool = False, seed: int = 0

@@ -6,6 +6,7 @@ It also settles, for both loaders, what becomes of a sample that cannot be read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,9 +15,11 @@ from torch.utils.data import Dataset
 
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.loaders.workers import iter_with_worker_check, read_ahead
+from cammask_fast.data.reading import Failed, ReadError, read_sample
 from cammask_fast.data.sampler import ResumableDistributedSampler, ResumableLoader
 from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.data.types import Batch, ImageSource
+from cammask_fast.data.warn import warn_once
 
 UNREADABLE = (OSError, EOFError, ValueError)
 """What reading and decoding a sample raise when it is at fault."""
@@ -34,11 +37,13 @@ class BatchRequest(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A worker's answer. images: uint8 (n, S, S, 3), zeros where reasons names the row and why it cannot be read."""
+    """A worker's answer. images: uint8 (n, S, S, 3), zeros where reasons names the row and why it cannot be read. notes: what
+    was guessed of a row."""
 
     sample_ids: Tensor
     images: Tensor
     reasons: Mapping[int, str]
+    notes: Mapping[int, str]
 
 
 class BatchSampler:
@@ -57,22 +62,28 @@ class BatchSampler:
         return len(self.order)
 
 
-class DecodedBatches(Dataset[Decoded]):
+class DecodedBatches(Dataset[Decoded | Failed]):
     """Decodes the batches it is asked for."""
 
     def __init__(self, source: ImageSource, transform: Transform):
         self.source, self.transform = source, transform
 
-    def __getitem__(self, request: BatchRequest) -> Decoded:
+    def __getitem__(self, request: BatchRequest) -> Decoded | Failed:
         size = self.transform.size
         images = torch.zeros((len(request.sample_ids), size, size, 3), dtype=torch.uint8)
-        reasons = {}
+        reasons: dict[int, str] = {}
+        notes: dict[int, str] = {}
         for row, index in enumerate(request.sample_ids):
             try:
-                images[row] = decode(self.source.read(index), self.transform, epoch=request.epoch, sample_id=index)
+                data = read_sample(self.source, index)
+                images[row] = decode(
+                    data, self.transform, epoch=request.epoch, sample_id=index, note=partial(notes.__setitem__, row)
+                )
             except UNREADABLE as error:
                 reasons[row] = error_reason(error)
-        return Decoded(torch.tensor(request.sample_ids), images, reasons)
+            except ReadError as error:
+                return Failed(str(error))
+        return Decoded(torch.tensor(request.sample_ids), images, reasons, notes)
 
 
 class Sampled(Protocol):
@@ -88,7 +99,9 @@ def replace_or_drop_unreadable(loader: Sampled, decoded: Decoded) -> Batch | Non
     readable sample of its batch (after the last comes the first), with that one's label and id, so that the batch keeps its
     size; in evaluation it is left out. None for a batch without any readable sample. Raises ValueError when there are too many.
     """
-    ids, images, reasons = decoded
+    ids, images, reasons, notes = decoded
+    for row, note in notes.items():
+        warn_once(note, where=loader.source.name(int(ids[row])))
     for row in reasons:
         loader.bad.add(loader.source.name(int(ids[row])), reasons[row])
     if reasons:
@@ -151,5 +164,6 @@ class TorchLoader(ResumableLoader):
 
 def record_index_errors(source: ImageSource, bad: UnreadableSamples) -> None:
     """Count and list what the source lost before it could number its samples."""
+    bad.lost = len(source.faults)
     for location, reason in source.faults:
         bad.add(location, reason)

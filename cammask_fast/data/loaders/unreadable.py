@@ -8,14 +8,16 @@ from pathlib import Path
 from cammask_fast.distributed import all_gather_object
 
 DEFAULT_MAX_BAD = 0.01
+FEW = 10
+"""So many unreadable images never stop a run, however small the data: a share says little there."""
 
 
 class UnreadableSamples:
     """The unreadable samples of one source.
 
-    where: what the samples belong to, for messages. total: samples of the source. max_share: largest share of unreadable ones.
-    report: file to which `name<TAB>reason` is added for each, once; created with the first. writes: whether this process does
-    so; see `gather`.
+    where: what the samples belong to, for messages. total: samples of the source. max_share: largest share of unreadable ones
+    where they are more than `FEW`; 0: none at all. report: file to which `name<TAB>reason` is added for each, once; created
+    with the first. writes: whether this process does so; see `gather`.
     """
 
     def __init__(self, where: str, total: int, *, max_share: float = DEFAULT_MAX_BAD, report: Path, writes: bool = True):
@@ -24,18 +26,24 @@ class UnreadableSamples:
         self.where, self.total, self.max_share, self.report = where, total, max_share, report
         self.writes = writes
         self.reasons: dict[str, str] = {}
+        self.lost = 0
+        """How many of them are not among `total`, such as those behind the cut in a damaged shard."""
         self._listed: set[str] | None = None
 
     def __len__(self) -> int:
         return len(self.reasons)
 
     def add(self, name: str, reason: str) -> None:
-        """Count and list a sample; the same one counts once. Raises ValueError when more than `max_share` are unreadable."""
+        """Count and list a sample; the same one counts once. Raises ValueError when there are too many (more than `max_share`
+        and than `FEW`), or none is left that can be read."""
         if name in self.reasons:
             return
         self.reasons[name] = reason
         self._write(name, reason)
-        if len(self) > self.max_share * self.total:
+        allowed = max(self.max_share * self.total, FEW) if self.max_share else 0
+        if len(self) - self.lost >= self.total and self.max_share < 1:
+            raise ValueError(f"{self.summary()}: none is left; the last is {name} ({reason})")
+        if len(self) > allowed:
             raise ValueError(
                 f"{self.summary()}, more than --max-bad {self.max_share:g} allows; the last is {name} ({reason}): "
                 "remove or replace them"

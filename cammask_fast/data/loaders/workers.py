@@ -16,6 +16,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from cammask_fast.data.reading import Failed
+
 CUT_OFF = (ConnectionError, EOFError)
 """What a connection raises whose other end is gone."""
 
@@ -72,10 +74,13 @@ def _as_it_is(item: Any) -> Any:
 
 
 def iter_with_worker_check(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's batches; a worker that was killed is a ValueError that says so."""
+    """The loader's batches. A worker that was killed, or could not read, is a ValueError that says so."""
     try:
         try:
-            yield from _started(loader)
+            for batch in _started(loader):
+                if isinstance(batch, Failed):
+                    raise ValueError(batch.message)
+                yield batch
         except CUT_OFF:  # PyTorch learns of it by a signal, perhaps only now: it would raise wherever the caller is by then
             time.sleep(SIGNAL_WITHIN)
             raise
@@ -88,7 +93,13 @@ def iter_with_worker_check(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's iterator, with workers that never finalise what they inherit: the end of a DALI pipeline waits for threads
-    that only this process has, and a worker whose garbage collector came upon one would stand still for ever."""
+    that only this process has, and a worker whose garbage collector came upon one would stand still for ever.
+
+    Only where workers are started: what was frozen is old afterwards, and the collector hardly looks at it again. DALI leaves
+    garbage at every run, and epoch after epoch of it would stay.
+    """
+    if not loader.num_workers or getattr(loader, "_iterator", None) is not None:
+        return iter(loader)
     others = gc.get_freeze_count()
     gc.freeze()
     try:
