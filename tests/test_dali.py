@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from cammask_fast.data import dali_pipeline, dali_versions, warn
-from cammask_fast.data.dali_pipeline import Encoded, Work, columns, define_pipeline, work_for
-from cammask_fast.data.dali_refused import PIPELINES, Trial, refused_rows
-from cammask_fast.data.dali_versions import GPU_REGIONS, Versions, known_faults, reason_of
+from cammask_fast.data import warn
 from cammask_fast.data.datasets.image_folder import ImageFolder, scan
-from cammask_fast.data.loaders import dali_loader
+from cammask_fast.data.loaders import dali_loader, dali_pipeline, dali_versions
 from cammask_fast.data.loaders.config import LoaderConfig
 from cammask_fast.data.loaders.dali_loader import DaliLoader, EncodedBatches
+from cammask_fast.data.loaders.dali_pipeline import Encoded, Work, columns, define_pipeline, work_for
+from cammask_fast.data.loaders.dali_refused import PIPELINES, Trial, refused_rows
+from cammask_fast.data.loaders.dali_versions import GPU_REGIONS, Versions, known_faults, reason_of
 from cammask_fast.data.loaders.torch_loader import BatchRequest, TorchLoader
 from cammask_fast.data.transforms import Augment, Transform, decode
 from cammask_fast.data.types import Batch
@@ -371,8 +371,8 @@ def test_a_dali_that_cannot_use_the_device(
     assert failure
     assert "\n" not in failure
     assert dali_versions.dali_failure(torch.device("cpu")) is None
-    loading = LoaderConfig(device=CUDA, workers=0, report=tmp_path / "bad.tsv")
-    assert not loading.uses_dali
+    loader_config = LoaderConfig(device=CUDA, workers=0, report=tmp_path / "bad.tsv")
+    assert not loader_config.uses_dali
     assert type(loader_config.build(folder, Transform(size=SIZE), batch_size=4)) is TorchLoader
     assert len(said) == 1
     with pytest.raises(ValueError, match=r"does not work on cuda:0 .*--loader torch"):

@@ -13,8 +13,8 @@ import torch
 
 from cammask_fast.data import warn
 from cammask_fast.data.datasets.image_folder import ImageFolder, scan
+from cammask_fast.data.loaders.reading import WAITS, ReadError, read_sample
 from cammask_fast.data.pack import pack
-from cammask_fast.data.reading import WAITS, ReadError, read_sample
 from cammask_fast.data.transforms import Transform
 from tests.test_folder import make_folder
 from tests.test_loaders import LOADERS, Make, bad_samples, open_loader, same
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
 @pytest.fixture(autouse=True)
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     seconds: list[float] = []
-    monkeypatch.setattr("cammask_fast.data.reading.sleep", seconds.append)
+    monkeypatch.setattr("cammask_fast.data.loaders.reading.sleep", seconds.append)
     monkeypatch.setattr(warn, "_said", set())
     return seconds
 
@@ -113,8 +113,8 @@ def test_a_disk_that_stays_broken_is_one_line(folder: ImageFolder, tmp_path: Pat
 
 def test_the_workers_of_dali_on_a_gpu_pass_it_on(folder: ImageFolder) -> None:
     """There they are processes; here what they run."""
-    from cammask_fast.data.dali_pipeline import Work
     from cammask_fast.data.loaders.dali_loader import EncodedBatches
+    from cammask_fast.data.loaders.dali_pipeline import Work
     from cammask_fast.data.loaders.torch_loader import BatchRequest
     from cammask_fast.data.loaders.workers import iter_with_worker_check, read_ahead
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from cammask_fast.data.datasets.webdataset import write_classes
+from cammask_fast.data.loaders.reading import ReadError, read_sample
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
-from cammask_fast.data.reading import ReadError, read_sample
 from cammask_fast.data.sampler import epoch_order
 from cammask_fast.data.transforms import opened, to_rgb
 from cammask_fast.data.types import ImageSource

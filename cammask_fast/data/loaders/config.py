@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from cammask_fast.data.dali_versions import dali_failure
 from cammask_fast.data.loaders.dali_loader import HARDWARE_SHARE, DaliLoader, dali_installed
+from cammask_fast.data.loaders.dali_versions import dali_failure
 from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import DEFAULT_MAX_BAD, UnreadableSamples
 from cammask_fast.data.transforms import Transform

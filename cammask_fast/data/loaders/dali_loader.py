@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cammask_fast.data.dali_pipeline import PREFETCH, Encoded, Work, columns, define_pipeline, work_for
-from cammask_fast.data.dali_refused import Trial, refused_rows
-from cammask_fast.data.dali_versions import dali_failure, reason_of
+from cammask_fast.data.loaders.dali_pipeline import PREFETCH, Encoded, Work, columns, define_pipeline, work_for
+from cammask_fast.data.loaders.dali_refused import Trial, refused_rows
+from cammask_fast.data.loaders.dali_versions import dali_failure, reason_of
+from cammask_fast.data.loaders.reading import Failed, ReadError, read_sample
 from cammask_fast.data.loaders.torch_loader import (
     UNREADABLE,
     BatchRequest,
@@ -37,7 +38,6 @@ from cammask_fast.data.loaders.torch_loader import (
 )
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.loaders.workers import iter_with_worker_check, read_ahead, worker_died
-from cammask_fast.data.reading import Failed, ReadError, read_sample
 from cammask_fast.data.sampler import ResumableDistributedSampler, ResumableLoader
 from cammask_fast.data.transforms import (
     LONGEST,

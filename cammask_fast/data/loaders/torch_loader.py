@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cammask_fast.data.loaders.reading import Failed, ReadError, read_sample
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.loaders.workers import iter_with_worker_check, read_ahead
-from cammask_fast.data.reading import Failed, ReadError, read_sample
 from cammask_fast.data.sampler import ResumableDistributedSampler, ResumableLoader
 from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.data.types import Batch, ImageSource

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from cammask_fast.data.reading import Failed
+from cammask_fast.data.loaders.reading import Failed
 
 CUT_OFF = (ConnectionError, EOFError)
 """What a connection raises whose other end is gone."""

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cammask_fast.data.dali_versions import GPU_REGIONS, installed_versions, known_faults
-from cammask_fast.data.transforms import RAND_AUGMENT_BINS, Augment, Draw, Transform
+from cammask_fast.data.loaders.dali_versions import GPU_REGIONS, installed_versions, known_faults
+from cammask_fast.data.transforms import RAND_AUGMENT_BINS, Augment, AugmentParams, Transform
 from cammask_fast.data.warn import warn_once
 
 PREFETCH = 2
@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
     data: Tensor
     lengths: Tensor
     region: Tensor
-    draws: list[Draw]
+    draws: list[AugmentParams]
     reasons: Mapping[int, str]
     notes: Mapping[int, str]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cammask_fast.data.dali_pipeline import Encoded, part
+from cammask_fast.data.loaders.dali_pipeline import Encoded, part
 
 PIPELINES = 3
 """Pipelines that a `Trial` builds at most; on a GPU each has decoders of its own."""
