@@ -21,6 +21,7 @@ from bench.records import append, cpu_environment, read
 from cammask_fast.config import OptimConfig, TrainConfig
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES, Split
 from cammask_fast.data.datasets.texture_digits_splits import CORRELATION, OUTLINED, evaluation_specifications, rendered
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.types import ArrayLoader
 from cammask_fast.evaluate import accuracy
 from cammask_fast.model.zero_shot import tiny_classifier
@@ -39,14 +40,16 @@ def measure(images: int, config: TrainConfig) -> dict[str, float]:
         outlined=OUTLINED,
     )  # fmt: skip
     pixels, labels = rendered(split)
-    loader = ArrayLoader(pixels, labels, batch_size=config.batch_size, shuffle=True, seed=config.seed)
+    loader = ArrayLoader(
+        pixels, labels, ResumableDistributedSampler(len(pixels), batch_size=config.batch_size, shuffle=True, seed=config.seed)
+    )
     started = time.perf_counter()
     tuned = fine_tune(tiny_classifier(CLASS_NAMES), loader, None, config).last
     seconds = time.perf_counter() - started
     scores = {}
     for name, evaluated in evaluation_specifications(scans="val").items():
         pixels, labels = (tensor[:EVALUATED] for tensor in rendered(evaluated))
-        scores[name] = accuracy(tuned, ArrayLoader(pixels, labels, batch_size=100))
+        scores[name] = accuracy(tuned, ArrayLoader(pixels, labels, ResumableDistributedSampler(len(pixels), batch_size=100)))
     ood = mean(score for name, score in scores.items() if name != "id")
     return {"id": scores["id"], "ood": ood, "both": (scores["id"] + ood) / 2, "seconds": seconds}
 

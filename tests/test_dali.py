@@ -25,6 +25,7 @@ from cammask_fast.data.loaders.dali_pipeline import Encoded, Work, columns, defi
 from cammask_fast.data.loaders.dali_refused import PIPELINES, Trial, refused_rows
 from cammask_fast.data.loaders.dali_versions import GPU_REGIONS, Versions, known_faults, reason_of
 from cammask_fast.data.loaders.torch_loader import BatchRequest, TorchLoader
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.transforms import Augment, Transform, decode
 from cammask_fast.data.types import Batch
 from tests.helpers.processes import in_own_process
@@ -171,7 +172,9 @@ def test_the_graph_of_a_gpu_gives_the_same_images_on_a_cpu(
     work = Work(resizes=True, regions=regions, whole_centre=True)
     monkeypatch.setattr(dali_loader, "work_for", lambda augment, device: work)
     transform = Transform(size=SIZE, augment=augment, seed=2)
-    loader = DaliLoader(folder, transform, batch_size=5, bad=bad_samples(tmp_path, 12))
+    loader = DaliLoader(
+        folder, transform, ResumableDistributedSampler(len(folder), batch_size=5), bad=bad_samples(tmp_path, 12)
+    )
     for batch in loader:
         for image, index in zip(batch.images, batch.sample_ids.tolist(), strict=True):
             by_pil = decode(folder.read(index), transform, sample_id=index)
@@ -285,7 +288,9 @@ def test_damaged_images_cost_few_pipelines(
     source = scan(make_folder(tmp_path / "data", {"a": 48}))
 
     def batches() -> list[Batch]:
-        loader = DaliLoader(source, Transform(size=SIZE), batch_size=16, bad=bad_samples(tmp_path, 48))
+        loader = DaliLoader(
+            source, Transform(size=SIZE), ResumableDistributedSampler(len(source), batch_size=16), bad=bad_samples(tmp_path, 48)
+        )
         return list(loader)
 
     clean = {int(index): image for batch in batches() for index, image in zip(batch.sample_ids, batch.images, strict=True)}
@@ -303,7 +308,9 @@ def test_damaged_images_cost_few_pipelines(
 def test_a_failure_that_no_image_causes_is_one_line(
     folder: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader = DaliLoader(folder, Transform(size=SIZE), batch_size=4, bad=bad_samples(tmp_path, 12))
+    loader = DaliLoader(
+        folder, Transform(size=SIZE), ResumableDistributedSampler(len(folder), batch_size=4), bad=bad_samples(tmp_path, 12)
+    )
     batches = iter(loader)
     next(batches)
 
@@ -382,7 +389,13 @@ def test_a_dali_that_cannot_use_the_device(
 def test_short_epochs_leave_no_garbage(tmp_path: Path) -> None:
     """DALI defines classes at every run, which only the collector frees: they must not grow old unseen."""
     source = scan(make_folder(tmp_path / "data", {"a": 4}))
-    loader = DaliLoader(source, Transform(size=8), batch_size=4, bad=bad_samples(tmp_path, 4), workers=1)
+    loader = DaliLoader(
+        source,
+        Transform(size=8),
+        ResumableDistributedSampler(len(source), batch_size=4),
+        bad=bad_samples(tmp_path, 4),
+        workers=1,
+    )
     before = gc.get_threshold()
     gc.set_threshold(200, 2, 1_000_000)  # the young are collected often, the old never
     try:

@@ -12,6 +12,7 @@ import torch
 
 from cammask_fast.cli import main
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.types import ArrayLoader
 from cammask_fast.evaluate import AccuracyMeter, Score, accuracy, evaluate
 from cammask_fast.model.zero_shot import tiny_classifier
@@ -74,7 +75,7 @@ def test_one_pass_gives_every_model_its_own_score() -> None:
         from cammask_fast.kernels.masked_fill import normalise
 
         labels = start(normalise(images)).logits.argmax(1)
-    loader = Counted(images, labels, batch_size=16)
+    loader = Counted(images, labels, ResumableDistributedSampler(len(images), batch_size=16))
     together = evaluate(models, loader)
     assert passes == 1
     assert together == [evaluate([model], loader)[0] for model in models]
@@ -86,7 +87,7 @@ def test_one_pass_gives_every_model_its_own_score() -> None:
     with pytest.raises(ValueError, match="number of classes"):
         interpolations(start, tiny_classifier(CLASS_NAMES[:5]), [0.5])
     with pytest.raises(ValueError, match="no images"):
-        evaluate([start], ArrayLoader(images[:0], labels[:0], batch_size=4))
+        evaluate([start], ArrayLoader(images[:0], labels[:0], ResumableDistributedSampler(len(images[:0]), batch_size=4)))
 
 
 @pytest.mark.slow

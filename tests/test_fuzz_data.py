@@ -17,6 +17,7 @@ from cammask_fast.data.datasets.webdataset import index_of, open_shards
 from cammask_fast.data.loaders.dali_loader import DaliLoader
 from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.transforms import Transform
 from tests.test_webdataset import write_tar
 
@@ -69,7 +70,7 @@ def test_a_thousand_mutated_jpegs(tmp_path: Path, kind: type[TorchLoader | DaliL
         (tmp_path / "whole" / f"{i:04}.jpg").write_bytes(originals[i % 3])
     source = scan(tmp_path)
     loader = kind(
-        source, Transform(size=SIZE), batch_size=25, shuffle=True, seed=1, workers=1,
+        source, Transform(size=SIZE), ResumableDistributedSampler(len(source), batch_size=25, shuffle=True, seed=1), workers=1,
         bad=UnreadableSamples("test", len(source), max_share=1.0, report=tmp_path / "bad.tsv"),
     )  # fmt: skip
     expected = {i: int(np.asarray(Image.open(io.BytesIO(data))).mean()) for i, data in enumerate(originals)}
@@ -118,7 +119,7 @@ def test_two_hundred_mutated_tars(tmp_path: Path) -> None:
                 readable += 1
                 wrong += int(shards.labels[position]) != label
         bad = UnreadableSamples("test", 8, max_share=1.0, report=tmp_path / "bad.tsv")
-        for batch in TorchLoader(shards, Transform(size=SIZE), batch_size=8, bad=bad):
+        for batch in TorchLoader(shards, Transform(size=SIZE), ResumableDistributedSampler(len(shards), batch_size=8), bad=bad):
             assert torch.equal(batch.labels, shards.labels[batch.sample_ids])
     assert readable > 400
     assert wrong <= 4, "only where the mutation hit the label or the key itself"

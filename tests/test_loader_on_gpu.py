@@ -15,6 +15,7 @@ from cammask_fast.data.loaders.dali_loader import DaliLoader, dali_installed
 from cammask_fast.data.loaders.dali_refused import PIPELINES
 from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.transforms import Augment, Transform
 from tests.helpers.processes import in_own_process
 
@@ -35,8 +36,17 @@ def agrees_with_pil(folder: Path, words: list[str]) -> None:
     (folder / "class0" / "00000.jpg").write_bytes(b"no image")
     transform = Transform(size=224, augment=Augment.parse(words), seed=1)
     bad = UnreadableSamples("test", 24, max_share=1.0, report=folder / "bad.tsv")
-    on_cpu = TorchLoader(source, transform, batch_size=8, workers=1, shuffle=True, seed=2, bad=bad)
-    on_gpu = DaliLoader(source, transform, batch_size=8, workers=1, shuffle=True, seed=2, bad=bad, device="cuda")
+    on_cpu = TorchLoader(
+        source, transform, ResumableDistributedSampler(len(source), batch_size=8, shuffle=True, seed=2), workers=1, bad=bad
+    )
+    on_gpu = DaliLoader(
+        source,
+        transform,
+        ResumableDistributedSampler(len(source), batch_size=8, shuffle=True, seed=2),
+        workers=1,
+        bad=bad,
+        device="cuda",
+    )
     for plain, dali in zip(on_cpu, on_gpu, strict=True):
         assert dali.images.device.type == "cuda"
         assert dali.images.dtype == torch.uint8
@@ -64,6 +74,8 @@ def costs_few_pipelines(folder: Path) -> None:
 
     setattr(DaliLoader, "_build", counted)  # noqa: B010
     bad = UnreadableSamples("test", 24, max_share=1.0, report=folder / "bad.tsv")
-    loader = DaliLoader(source, Transform(size=224), batch_size=12, workers=1, bad=bad, device="cuda")
+    loader = DaliLoader(
+        source, Transform(size=224), ResumableDistributedSampler(len(source), batch_size=12), workers=1, bad=bad, device="cuda"
+    )
     assert [index for batch in loader for index in batch.sample_ids.tolist()] == [i for i in range(24) if i not in (3, 4)]
     assert built <= 2 + PIPELINES

@@ -57,10 +57,11 @@ def open_loader(
     kind: Make, source: ImageSource, report: Path, *, batch_size: int = 4, workers: int = 1, augment: Augment | None = None,
     max_bad: float = 1.0, shuffle: bool = True, seed: int = 5, rank: int = 0, world_size: int = 1,
 ) -> AnyLoader:  # fmt: skip
-    return kind(
-        source, Transform(size=SIZE, augment=augment or Augment(), seed=seed), batch_size=batch_size, workers=workers,
-        bad=bad_samples(report, len(source), max_share=max_bad), shuffle=shuffle, seed=seed, rank=rank, world_size=world_size,
-    )  # fmt: skip
+    sampler = ResumableDistributedSampler(
+        len(source), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
+    )
+    transform = Transform(size=SIZE, augment=augment or Augment(), seed=seed)
+    return kind(source, transform, sampler, workers=workers, bad=bad_samples(report, len(source), max_share=max_bad))
 
 
 def ids(batches: list[Batch]) -> list[int]:
@@ -198,7 +199,13 @@ def assert_agreement(source: ImageSource, report: Path, augment: Augment, *, siz
     """Labels and order are the same, and no image differs by more than 0.5 of 255 in the mean."""
     transform = Transform(size=size, augment=augment, seed=2)
     loaders = [
-        kind(source, transform, batch_size=4, workers=2, shuffle=True, seed=1, bad=bad_samples(report, len(source)))
+        kind(
+            source,
+            transform,
+            ResumableDistributedSampler(len(source), batch_size=4, shuffle=True, seed=1),
+            workers=2,
+            bad=bad_samples(report, len(source)),
+        )
         for kind in (TorchLoader, DaliLoader)
     ]
     for plain, dali in zip(*loaders, strict=True):
@@ -326,7 +333,7 @@ def test_bad_samples_are_left_out_replaced_and_listed(tmp_path: Path, kind: Make
     clean = {i: decode(source.read(i), Transform(size=SIZE)) for i in shown}
     for epoch in range(2):
         training.set_epoch(epoch)
-        for batch, asked in zip(training, training.order.begin(), strict=True):
+        for batch, asked in zip(training, training.sampler.begin(), strict=True):
             good = [i for i in asked.tolist() if i in clean]
             following = [next(i for i in itertools.chain(asked[index:].tolist(), good) if i in clean) for index in range(4)]
             assert batch.sample_ids.tolist() == following, "the next readable sample of the batch takes the place"
@@ -352,7 +359,11 @@ def test_a_sample_does_not_depend_on_damaged_neighbours(tmp_path: Path) -> None:
         alone[int(batch.sample_ids)] = batch.images[0]
     for batch_size in (4, 17):
         loader = DaliLoader(
-            source, Transform(size=SIZE), batch_size=batch_size, bad=bad_samples(tmp_path, len(source)), workers=1
+            source,
+            Transform(size=SIZE),
+            ResumableDistributedSampler(len(source), batch_size=batch_size),
+            bad=bad_samples(tmp_path, len(source)),
+            workers=1,
         )
         for batch in loader:
             for index, image in zip(batch.sample_ids.tolist(), batch.images, strict=True):
@@ -458,7 +469,9 @@ def test_images_in_memory_resume_too() -> None:
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 4, 4, 3)
 
     def loader() -> ArrayLoader:
-        return ArrayLoader(images, torch.arange(10), batch_size=3, shuffle=True, seed=4)
+        return ArrayLoader(
+            images, torch.arange(10), ResumableDistributedSampler(len(images), batch_size=3, shuffle=True, seed=4)
+        )
 
     begun = loader()
     shown: list[Tensor] = [next(iter(begun)).labels]

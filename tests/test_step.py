@@ -14,6 +14,7 @@ from torch.func import functional_call
 from cammask_fast import step as step_module
 from cammask_fast.cam import cls_rollout, grad_cam, mm_cam
 from cammask_fast.config import OptimConfig, TrainConfig
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.types import ArrayLoader, Batch
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.masking import MaskRandomness, counterfactual
@@ -202,7 +203,9 @@ SHORT = TrainConfig(method="masked-object", epochs=2, batch_size=4, optim=OptimC
 
 def dataset(*, seed: int = 0) -> ArrayLoader:
     data = batch(12)
-    return ArrayLoader(data.images, data.labels, batch_size=4, shuffle=True, seed=seed)
+    return ArrayLoader(
+        data.images, data.labels, ResumableDistributedSampler(len(data.images), batch_size=4, shuffle=True, seed=seed)
+    )
 
 
 def weights(config: TrainConfig, *, dtype: torch.dtype = torch.float32) -> Tensor:

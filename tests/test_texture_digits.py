@@ -22,6 +22,7 @@ from cammask_fast.data.datasets.texture_digits import (
     stroke_coverage,
 )
 from cammask_fast.data.datasets.texture_digits_splits import CORRELATION, OUTLINED, evaluation_specifications, training_splits
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.types import ArrayLoader
 
 GOLDEN = Split(name="golden", images=64, seed=3, scans="test", placement="grouped", correlation=0.9, outlined=0.5, sketched=0.2)
@@ -208,21 +209,25 @@ def test_bad_splits_are_refused(changes: dict[str, object], message: str) -> Non
 
 def test_array_loader_shuffles_by_seed_and_epoch_and_drops_the_last_batch() -> None:
     images, labels = torch.zeros(10, 8, 8, 3, dtype=torch.uint8), torch.arange(10)
-    loader = ArrayLoader(images, labels, batch_size=4, shuffle=True, seed=5)
+    loader = ArrayLoader(images, labels, ResumableDistributedSampler(len(images), batch_size=4, shuffle=True, seed=5))
     first = [batch.labels.tolist() for batch in loader]
     loader.set_epoch(1)
     second = [batch.labels.tolist() for batch in loader]
     loader.set_epoch(0)
     assert [batch.labels.tolist() for batch in loader] == first != second
     assert list(map(len, first)) == [4, 4]
-    assert [len(b.labels) for b in ArrayLoader(images, labels, batch_size=4)] == [4, 4, 2]
+    assert [len(b.labels) for b in ArrayLoader(images, labels, ResumableDistributedSampler(len(images), batch_size=4))] == [
+        4,
+        4,
+        2,
+    ]
 
 
 def test_array_loader_refuses_bad_input() -> None:
     images, labels = torch.zeros(3, 8, 8, 3, dtype=torch.uint8), torch.arange(3)
     with pytest.raises(ValueError, match="uint8"):
-        ArrayLoader(images.float(), labels, batch_size=1)
+        ArrayLoader(images.float(), labels, ResumableDistributedSampler(len(images.float()), batch_size=1))
     with pytest.raises(ValueError, match="labels"):
-        ArrayLoader(images, labels[:2], batch_size=1)
+        ArrayLoader(images, labels[:2], ResumableDistributedSampler(len(images), batch_size=1))
     with pytest.raises(ValueError, match="larger than the 3 training images"):
-        ArrayLoader(images, labels, batch_size=4, shuffle=True)
+        ArrayLoader(images, labels, ResumableDistributedSampler(len(images), batch_size=4, shuffle=True))

@@ -28,6 +28,7 @@ from cammask_fast.data.datasets.image_folder import scan
 from cammask_fast.data.loaders.dali_loader import DaliLoader, dali_installed
 from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.transforms import Transform, opened, to_pixels, to_rgb
 from cammask_fast.data.types import ImageSource
 from cammask_fast.viz.tables import markdown_table
@@ -72,7 +73,8 @@ def epochs(root: Path, source: ImageSource, workers: int, report: Path) -> dict[
 
     def ours(kind: type[TorchLoader | DaliLoader]) -> Epoch:
         bad = UnreadableSamples(source.where, len(repeated), report=report)
-        loader = kind(repeated, Transform(size=SIZE), batch_size=BATCH, workers=workers, bad=bad)
+        sampler = ResumableDistributedSampler(len(repeated), batch_size=BATCH)
+        loader = kind(repeated, Transform(size=SIZE), sampler, workers=workers, bad=bad)
         return lambda: (batch.images for batch in loader)
 
     transform = v2.Compose([

@@ -19,6 +19,7 @@ from cammask_fast.config import TrainConfig
 from cammask_fast.data.datasets.image_folder import scan
 from cammask_fast.data.loaders.dali_loader import DaliLoader
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.transforms import Transform
 from cammask_fast.data.types import Batch, ImageSource
 from cammask_fast.progress import DataWait
@@ -47,7 +48,8 @@ def cases(archs: Sequence[str]) -> Iterator[Case]:
 def open_loader(source: ImageSource, folder: Path, share: float) -> DaliLoader:
     workers = min(16, os.cpu_count() or 1)
     return DaliLoader(
-        source, Transform(size=SIZE), batch_size=BATCH, shuffle=True, workers=workers, device="cuda",
+        source, Transform(size=SIZE), ResumableDistributedSampler(len(source), batch_size=BATCH, shuffle=True),
+        workers=workers, device="cuda",
         bad=UnreadableSamples(source.where, len(source), report=folder / "bad.tsv"), hardware_share=share,
     )  # fmt: skip
 

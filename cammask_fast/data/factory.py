@@ -212,7 +212,7 @@ def _open_known(
 
 def _benchmark_loader(name: str, loader_config: LoaderConfig) -> ArrayLoader:
     images, labels = rendered(evaluation_specifications()[name])
-    return ArrayLoader(images, labels, batch_size=BENCHMARK_BATCH, rank=loader_config.rank, world_size=loader_config.world_size)
+    return ArrayLoader(images, labels, loader_config.sampler(len(images), BENCHMARK_BATCH))
 
 
 def folders_of(data: Sequence[str]) -> tuple[str, ...]:

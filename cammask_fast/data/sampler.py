@@ -86,24 +86,24 @@ class ResumableDistributedSampler:
 class ResumableLoader:
     """What all loaders share: an `ResumableDistributedSampler` and its state."""
 
-    order: ResumableDistributedSampler
+    sampler: ResumableDistributedSampler
 
     def set_epoch(self, epoch: int) -> None:
-        self.order.set_epoch(epoch)
+        self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next batch, counted in batches that were handed out, not in those prefetched."""
-        return self.order.state_dict()
+        return self.sampler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration yields what was left when `state` was saved. Raises ValueError when it belongs to other data."""
-        self.order.load_state_dict(state)
+        self.sampler.load_state_dict(state)
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Hand out batches, counting each."""
         for batch in batches:
-            self.order.position += 1
+            self.sampler.position += 1
             yield batch

@@ -63,25 +63,12 @@ class ArrayLoader(ResumableLoader):
     images: uint8 (M, H, W, 3). labels: int64 (M,).
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        batch_size: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
+    def __init__(self, images: Tensor, labels: Tensor, sampler: ResumableDistributedSampler):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images: expected uint8 (M, H, W, 3), got {images.dtype} {tuple(images.shape)}")
         if len(images) != len(labels):
             raise ValueError(f"labels: expected one per image ({len(images)}), got {len(labels)}")
-        self.images, self.labels = images, labels
-        self.order = ResumableDistributedSampler(
-            len(images), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
-        )
+        self.images, self.labels, self.sampler = images, labels, sampler
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._counted(Batch(self.images[ids], self.labels[ids], ids) for ids in self.order.begin())
+        return self._counted(Batch(self.images[ids], self.labels[ids], ids) for ids in self.sampler.begin())

@@ -19,6 +19,7 @@ from cammask_fast import __version__
 from cammask_fast.config import OptimConfig
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES, TEMPLATES, Split, captions, render, sample_scenes
 from cammask_fast.data.datasets.texture_digits_splits import evaluation_splits, rendered
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.types import ArrayLoader
 from cammask_fast.evaluate import accuracy
 from cammask_fast.kernels.reference.masked_fill import normalise
@@ -65,7 +66,9 @@ def pretrain(config: PretrainConfig, *, progress: Callable[[str], None]) -> CLIP
     scenes = sample_scenes(web_split(config))
     tokens = tokenizer()(captions(scenes))
     loader = ArrayLoader(
-        render(scenes), torch.from_numpy(scenes.labels), batch_size=config.batch_size, shuffle=True, seed=config.seed
+        render(scenes),
+        torch.from_numpy(scenes.labels),
+        ResumableDistributedSampler(len(render(scenes)), batch_size=config.batch_size, shuffle=True, seed=config.seed),
     )
     optim = OptimConfig(lr=config.lr, pct_start=0.1)
     optimizer = build_optimizer(clip.parameters(), optim)
@@ -97,7 +100,10 @@ def zero_shot_accuracies(clip: CLIP) -> dict[str, float]:
     model = Classifier(clip.visual, zero_shot_weights(clip, tokenizer(), CLASS_NAMES, TEMPLATES)).eval()
     web = replace(web_split(PretrainConfig()), name="web-test", images=2000, scans="test")
     images, labels = rendered(web)
-    loaders = {"web": ArrayLoader(images, labels, batch_size=500), **evaluation_splits()}
+    loaders = {
+        "web": ArrayLoader(images, labels, ResumableDistributedSampler(len(images), batch_size=500)),
+        **evaluation_splits(),
+    }
     return {name: round(accuracy(model, loader), 2) for name, loader in loaders.items()}
 
 

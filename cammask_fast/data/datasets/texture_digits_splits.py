@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cammask_fast.data.datasets.texture_digits import Scenes, Split, render, sample_scenes
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.types import ArrayLoader
 
 TRAIN_IMAGES = 1500
@@ -66,7 +67,11 @@ def _loader(
 ) -> ArrayLoader:
     images, labels = rendered(split)
     return ArrayLoader(
-        images, labels, batch_size=batch_size, shuffle=shuffle, seed=split.seed, rank=rank, world_size=world_size
+        images,
+        labels,
+        ResumableDistributedSampler(
+            len(images), batch_size=batch_size, shuffle=shuffle, seed=split.seed, rank=rank, world_size=world_size
+        ),
     )
 
 

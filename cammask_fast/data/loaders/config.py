@@ -12,6 +12,7 @@ from cammask_fast.data.loaders.dali_loader import HARDWARE_SHARE, DaliLoader, da
 from cammask_fast.data.loaders.dali_versions import dali_failure
 from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import DEFAULT_MAX_BAD, UnreadableSamples
+from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.transforms import Transform
 from cammask_fast.data.types import ImageSource
 from cammask_fast.data.warn import warn_once
@@ -55,13 +56,14 @@ class LoaderConfig:
         """The loader of a source. Raises ValueError on options that cannot work."""
         workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if self.workers is None else self.workers
         bad = UnreadableSamples(source.where, len(source), max_share=self.max_bad, report=self.report, writes=self.rank == 0)
-        device = torch.device(self.device)
+        device, sampler = torch.device(self.device), self.sampler(len(source), batch_size, shuffle=shuffle, seed=seed)
         if self.uses_dali:
-            return DaliLoader(
-                source, transform, batch_size=batch_size, shuffle=shuffle, seed=seed, workers=workers, bad=bad,
-                rank=self.rank, world_size=self.world_size, device=device, hardware_share=self.hardware_share,
-            )  # fmt: skip
-        return TorchLoader(
-            source, transform, batch_size=batch_size, shuffle=shuffle, seed=seed, workers=workers, bad=bad,
-            rank=self.rank, world_size=self.world_size, pin_memory=device.type == "cuda",
-        )  # fmt: skip
+            share = self.hardware_share
+            return DaliLoader(source, transform, sampler, bad=bad, workers=workers, device=device, hardware_share=share)
+        return TorchLoader(source, transform, sampler, bad=bad, workers=workers, pin_memory=device.type == "cuda")
+
+    def sampler(self, count: int, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> ResumableDistributedSampler:
+        """The samples of this process among `count`; batch_size: per process."""
+        return ResumableDistributedSampler(
+            count, batch_size=batch_size, shuffle=shuffle, seed=seed, rank=self.rank, world_size=self.world_size
+        )

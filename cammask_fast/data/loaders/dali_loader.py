@@ -158,14 +158,10 @@ class DaliLoader(ResumableLoader):
         self,
         source: ImageSource,
         transform: Transform,
+        sampler: ResumableDistributedSampler,
         *,
-        batch_size: int,
         bad: UnreadableSamples,
-        shuffle: bool = False,
-        seed: int = 0,
         workers: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
         device: torch.device | str = "cpu",
         hardware_share: float = HARDWARE_SHARE,
     ):
@@ -185,10 +181,8 @@ class DaliLoader(ResumableLoader):
                 f"NVIDIA DALI is installed, but does not work on {self.device} ({failure}): "
                 "install it again, or use --loader torch"
             )
-        self.order = ResumableDistributedSampler(
-            len(source), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
-        )
-        self._asked = BatchSampler(self.order)
+        self.sampler = sampler
+        self._asked = BatchSampler(self.sampler)
         on_gpu = self.device.type == "cuda"
         processes = workers if on_gpu else 0
         self._work: Work = work_for(transform.augment, self.device)
@@ -212,7 +206,7 @@ class DaliLoader(ResumableLoader):
             self._pipeline = None
         self._under_way = True
         self._queue.restart(iter_with_worker_check(self._reader))
-        self._pipeline = self._pipeline or self._build(self._queue, self.order.batch_size)
+        self._pipeline = self._pipeline or self._build(self._queue, self.sampler.batch_size)
         while True:
             try:
                 decoded = self._pipeline.run()[0]
@@ -226,7 +220,7 @@ class DaliLoader(ResumableLoader):
                 refused = self._queue.waiting.popleft()
                 self._pipeline = None  # its memory is needed
                 self._queue.replay(self._without_refused(refused, error))
-                self._pipeline = self._build(self._queue, self.order.batch_size)
+                self._pipeline = self._build(self._queue, self.sampler.batch_size)
                 continue
             encoded = self._queue.waiting.popleft()
             images = self._to_torch(decoded) if self._work.resizes else self._placed(decoded, encoded.draws)

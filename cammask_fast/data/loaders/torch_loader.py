@@ -49,17 +49,17 @@ class Decoded(NamedTuple):
 class BatchSampler:
     """The batches of the current epoch, as a DataLoader's sampler."""
 
-    def __init__(self, order: ResumableDistributedSampler):
-        self.order = order
+    def __init__(self, sampler: ResumableDistributedSampler):
+        self.sampler = sampler
         self.plain: set[int] = set()
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        for batch in self.order.begin():
+        for batch in self.sampler.begin():
             ids = tuple(batch.tolist())
-            yield BatchRequest(self.order.epoch, ids, frozenset(self.plain.intersection(ids)))
+            yield BatchRequest(self.sampler.epoch, ids, frozenset(self.plain.intersection(ids)))
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.sampler)
 
 
 class DecodedBatches(Dataset[Decoded | Failed]):
@@ -89,7 +89,7 @@ class DecodedBatches(Dataset[Decoded | Failed]):
 class Sampled(Protocol):
     """What `replace_or_drop_unreadable` needs of a loader."""
 
-    order: ResumableDistributedSampler
+    sampler: ResumableDistributedSampler
     source: ImageSource
     bad: UnreadableSamples
 
@@ -106,12 +106,14 @@ def replace_or_drop_unreadable(loader: Sampled, decoded: Decoded) -> Batch | Non
         loader.bad.add(loader.source.name(int(ids[row])), reasons[row])
     if reasons:
         good = torch.tensor([row for row in range(len(ids)) if row not in reasons], dtype=torch.int64)
-        if not len(good) and loader.order.shuffle and loader.order.world_size > 1:  # the others would wait for its gradients
+        if (
+            not len(good) and loader.sampler.shuffle and loader.sampler.world_size > 1
+        ):  # the others would wait for its gradients
             raise ValueError(f"{loader.bad.summary()}, among them all of one batch: remove or replace them")
         if not len(good):
             return None
         next_good = torch.searchsorted(good, torch.arange(len(ids))) % len(good)
-        rows = good[next_good] if loader.order.shuffle else good
+        rows = good[next_good] if loader.sampler.shuffle else good
         images, ids = images[rows.to(images.device)], ids[rows]
     return Batch(images, loader.source.labels[ids], ids)
 
@@ -134,23 +136,17 @@ class TorchLoader(ResumableLoader):
         self,
         source: ImageSource,
         transform: Transform,
+        sampler: ResumableDistributedSampler,
         *,
-        batch_size: int,
         bad: UnreadableSamples,
-        shuffle: bool = False,
-        seed: int = 0,
         workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
         pin_memory: bool = False,
     ):
         if workers < 0:
             raise ValueError(f"--workers: expected 0 or more, got {workers}")
         self.source, self.labels, self.bad = source, source.labels, bad
-        self.order = ResumableDistributedSampler(
-            len(source), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
-        )
-        self._loader = read_ahead(DecodedBatches(source, transform), BatchSampler(self.order), workers, pin_memory=pin_memory)
+        self.sampler = sampler
+        self._loader = read_ahead(DecodedBatches(source, transform), BatchSampler(sampler), workers, pin_memory=pin_memory)
         record_index_errors(source, bad)
 
     def __iter__(self) -> Iterator[Batch]:
