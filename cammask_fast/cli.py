@@ -264,7 +264,7 @@ def _surviving(parser: Parser) -> None:
     )
     text = "stop after this many steps in a row whose loss or gradients are not finite (default: 10)"
     parser.add_argument("--max-skipped", type=int, metavar="STEPS", help=text)
-    text = "without progress for so long, end all processes (default: 600)"
+    text = "without progress for so long, six times that while a process compiles, end all processes (default: 600)"
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out, or begun there")
 

@@ -27,6 +27,7 @@ from cammask_fast.masking import MaskedInput, MaskRandomness, Strategy, masked_i
 from cammask_fast.model.classifier import Classifier, ComputeCopy, Prediction, compute_weights, keeps_precision
 from cammask_fast.model.vit import Taps, ViTConfig
 from cammask_fast.optim import FlatAdamW, clipped_step
+from cammask_fast.overlap import inductor_options
 from cammask_fast.precision import compute_dtype
 from cammask_fast.state import TrainState
 
@@ -185,11 +186,12 @@ def _compiled_train_step(
         mode = "default" if config.compile in ("auto", "off") else config.compile
         kwargs: dict[str, Any] = {"mode": mode} if backend == "inductor" else {}
         if processes > 1 and backend == "inductor":  # gradients travel while the backward pass goes on
-            kwargs = {"options": {**torch._inductor.list_mode_options(mode), "reorder_for_compute_comm_overlap": True}}
+            kwargs = {"options": {**torch._inductor.list_mode_options(mode), **inductor_options()}}
         return torch.compile(function, fullgraph=True, backend=backend, **kwargs)
 
     for tensor in (optimizer.flat, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step, optimizer.position, state.tally):
         torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place
+    distributed.watch_compiler()
     one_graph, part, end = graph(whole), graph(flat), graph(update)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -24,6 +24,10 @@ from cammask_fast.runtime.env import launched, local_rank
 
 TICK = 0.5
 """Seconds between two looks of the watch."""
+COMPILE_TIMEOUTS = 6
+"""Times `timeout` that may go by without progress while a process compiles."""
+SILENT_LOOKS = 30
+"""Looks of the watch, four ticks apart, after which a process that compiles does not answer: a compiler may keep Python's lock."""
 BUCKET_BYTES = 25 * 2**20
 FAILED = "failed"
 
@@ -44,8 +48,8 @@ class World(NamedTuple):
 def init_distributed(device: str, *, timeout: float = 600.0) -> Iterator[World]:
     """The processes of this run for the time of a command: joined through NCCL (`cuda`) or gloo under torchrun, else one.
 
-    timeout: seconds without progress after which all processes end, naming the one that stands still. An exception in any
-    process ends all of them within seconds; see `claim_first_failure`.
+    timeout: seconds without progress after which all processes end, naming the one that stands still; `COMPILE_TIMEOUTS` times
+    as many while a process compiles. An exception in any process ends all of them within seconds; see `claim_first_failure`.
     """
     global _watch, _control, _failures
     if not launched():
@@ -55,8 +59,8 @@ def init_distributed(device: str, *, timeout: float = 600.0) -> Iterator[World]:
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cuda":
         torch.cuda.set_device(local)
-    longest = timedelta(seconds=timeout + 60)  # the watch comes first: it knows who stands still
-    store, rank, size = next(rendezvous("env://", timeout=longest))
+    longest = timedelta(seconds=(COMPILE_TIMEOUTS + 2) * timeout + 60)  # the watch comes first: it knows who stands still
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout + 60)))
     store = PrefixStore(rendezvous_prefix(store, rank, size, timeout=timeout + 60), store)
     _failures = store.clone(), rank
     watch = _Watch(store.clone(), rank, size, timeout)  # who is in the group below has told its pid
@@ -149,17 +153,18 @@ class _Watch(threading.Thread):
     """Ends this process when another one has failed, or when there is no progress: the main thread may be deep in a collective
     that will never end."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: float):
+    def __init__(self, store: Any, rank: int, size: int, timeout: float, *, clock: Callable[[], float] = time.monotonic):
         super().__init__(daemon=True)
-        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
-        self.doing, self.beats, self.ticks, self.last = "starting", 0, 0, time.monotonic()
+        self.store, self.rank, self.size, self.timeout, self.clock = store, rank, size, timeout, clock
+        self.doing, self.beats, self.ticks, self.last = "starting", 0, 0, clock()
+        self.compiling, self.excused = False, self.last
         self.over = threading.Event()
         self._tell()
 
     def _tell(self) -> None:
         """Where this process stands, for the others to read."""
         names = {"pid": os.getpid(), "host": socket.gethostname()}
-        status = {"beats": self.beats, "doing": self.doing, "ticks": self.ticks, **names}
+        status = {"beats": self.beats, "doing": self.doing, "ticks": self.ticks, "compiling": self.compiling, **names}
         self.store.set(f"at/{self.rank}", json.dumps(status))
 
     def finish(self) -> None:
@@ -175,21 +180,56 @@ class _Watch(threading.Thread):
                 if self.store.check([FAILED]):
                     time.sleep(TICK)  # this process may be about to end by itself
                     self._end(None)
-                if self.beats and time.monotonic() - self.last > self.timeout:  # reading a large folder may take its time
-                    self._end(claim_first_failure(self._blame()))
+                if (stalled := self._stalled()) is not None:
+                    self._end(claim_first_failure(stalled))
             except RuntimeError:  # the store is gone, and with it the process that kept it; torchrun ends the others
                 return
 
-    def _blame(self) -> str:
-        """Who stands still: a process that does not answer, else the one that came least far."""
-        before = self._statuses()
-        time.sleep(4 * TICK)
-        after = self._statuses()
-        silent = [rank for rank in range(self.size) if rank != self.rank and after[rank]["ticks"] == before[rank]["ticks"]]
-        culprit = silent[0] if silent else min(range(self.size), key=lambda rank: after[rank]["beats"])
-        who = f"rank {culprit} (pid {after[culprit]['pid']} on {after[culprit]['host']})"
-        what = "does not answer" if silent else f"stands still while {after[culprit]['doing']}"
-        return f"no progress for {self.timeout:g} s (--timeout): {who} {what}; start again with the same command to go on"
+    def beat(self, doing: str) -> None:
+        """Progress of this process, which does `doing` from now on."""
+        self.doing, self.last = doing, self.clock()
+        self.beats += 1
+
+    def _stalled(self) -> str | None:
+        """Who stands still and for how long; None while there is progress.
+
+        A process that compiles makes progress of a kind, and the others wait for it: all are excused for another `timeout`, up
+        to `COMPILE_TIMEOUTS` of them. One that compiles but does not answer is not excused.
+        """
+        now = self.clock()
+        if not self.beats or now - max(self.last, self.excused) <= self.timeout:  # reading a large folder may take its time
+            return None
+        silent, after = self._silent()
+        if not silent and any(status["compiling"] for status in after) and now - self.last <= COMPILE_TIMEOUTS * self.timeout:
+            self.excused = self.clock()
+            return None
+        return self._blame(silent, after)
+
+    def _silent(self) -> tuple[list[int], list[dict[str, Any]]]:
+        """Other processes that do not answer, and the last word of all."""
+        before = after = self._statuses()
+        silent: list[int] = []
+        for _ in range(SILENT_LOOKS):
+            time.sleep(4 * TICK)
+            after = self._statuses()
+            silent = [rank for rank in range(self.size) if rank != self.rank and after[rank]["ticks"] == before[rank]["ticks"]]
+            if not any(after[rank]["compiling"] for rank in silent):
+                break
+        return silent, after
+
+    def _blame(self, silent: list[int], statuses: list[dict[str, Any]]) -> str:
+        """Words for who stands still: a process that does not answer, else one that compiles, else the one that came least far."""
+        compiling = [rank for rank in range(self.size) if statuses[rank]["compiling"]]
+        suspects = silent[:1] or compiling or range(self.size)
+        rank = min(suspects, key=lambda rank: statuses[rank]["beats"])
+        culprit = statuses[rank]
+        limit = f"{self.timeout:g} s (--timeout)"
+        if compiling and not silent:
+            limit = f"{COMPILE_TIMEOUTS * self.timeout:g} s ({COMPILE_TIMEOUTS} times --timeout)"
+        who = f"rank {rank} (pid {culprit['pid']} on {culprit['host']})"
+        doing = "compiling" if culprit["compiling"] else culprit["doing"]
+        what = "does not answer" if silent else f"stands still while {doing}"
+        return f"no progress for {limit}: {who} {what}; start again with the same command to go on"
 
     def _statuses(self) -> list[dict[str, Any]]:
         return [json.loads(self.store.get(f"at/{rank}")) for rank in range(self.size)]
@@ -207,8 +247,24 @@ class _Watch(threading.Thread):
 def heartbeat(doing: str) -> None:
     """Progress: the watch counts the seconds since the last call, and names `doing` when they are too many."""
     if _watch is not None:
-        _watch.doing, _watch.last = doing, time.monotonic()
-        _watch.beats += 1
+        _watch.beat(doing)
+
+
+def watch_compiler() -> None:
+    """From now on the watch knows when this process compiles, in its first step or for another number of images."""
+    watch = _watch
+    if watch is None:
+        return
+
+    def starts(_: Any) -> None:
+        watch.compiling = True
+
+    def ends(_: Any) -> None:
+        watch.compiling = False
+        watch.beat(watch.doing)
+
+    torch._dynamo.on_compile_start(starts)
+    torch._dynamo.on_compile_end(ends)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -295,13 +351,15 @@ class AsyncAnyFlag:
         return bool(flag)
 
 
-def sum_gradients(gradients: Sequence[Tensor], loss: Tensor) -> tuple[list[Tensor], Tensor]:
+def sum_gradients(
+    gradients: Sequence[Tensor], loss: Tensor, *, bucket_bytes: int = BUCKET_BYTES
+) -> tuple[list[Tensor], Tensor]:
     """Sum gradients and a loss over all processes.
 
     Gradients travel in flat buckets, those of the last layers first, which a backward pass computes first; all are under way
     before the first is waited for. The loss is in the bucket that is sent last. torch.compile can trace it.
     """
-    group, buckets = dist.group.WORLD, in_buckets(gradients)
+    group, buckets = dist.group.WORLD, in_buckets(gradients, most=bucket_bytes)
     assert group is not None
     flat = [torch.cat([g.flatten() for g in bucket]) for bucket in buckets]
     flat[0] = torch.cat([flat[0], loss.to(flat[0].dtype).view(1)])
