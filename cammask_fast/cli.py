@@ -280,7 +280,7 @@ def _surviving(parser: Parser) -> None:
     parser.add_argument(
         "--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of log.jsonl (default: 10)"
     )
-    text = "without progress for so long, end all processes (default: 600)"
+    text = "without progress for so long, six times that while a process compiles, end all processes (default: 600)"
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out, or begun there")
 

@@ -20,7 +20,11 @@ def compute_dtype(precision: Precision, weights: torch.Tensor) -> torch.dtype:
 
 
 def set_matmul_precision(precision: str) -> None:
-    """Let float32 products run on TF32 matrix units, or forbid it, for the whole process. Without CUDA it changes nothing."""
-    mode = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = mode
-    torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
+    """Let float32 products run on TF32 matrix units, or forbid it, for the whole process. Without CUDA it changes nothing.
+
+    By `allow_tf32` alone: it sets the state of the newer `fp32_precision` too. After a setter of that one,
+    `torch.get_float32_matmul_precision` and the getters of `allow_tf32`, which others read, would raise.
+    """
+    allowed = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed

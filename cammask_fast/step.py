@@ -21,6 +21,7 @@ from cammask_fast import distributed
 from cammask_fast.cam import cls_rollout, weighted_activation
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.types import Batch
+from cammask_fast.distributed.overlap import inductor_options
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
 from cammask_fast.masking import (
@@ -209,12 +210,13 @@ def _compiled_train_step(
         mode = "default" if config.compile in ("auto", "off") else config.compile
         kwargs: dict[str, Any] = {"mode": mode} if backend == "inductor" else {}
         if processes > 1 and backend == "inductor":  # gradients travel while the backward pass goes on
-            kwargs = {"options": {**torch._inductor.list_mode_options(mode), "reorder_for_compute_comm_overlap": True}}
+            kwargs = {"options": {**torch._inductor.list_mode_options(mode), **inductor_options()}}
         return torch.compile(function, fullgraph=True, backend=backend, **kwargs)
 
     tensors = (optimizer.flat, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step, optimizer.position)
     for tensor in (*tensors, state.tally, state.sums):
         torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place
+    distributed.watch_compiler()
     one_graph, part, end = graph(whole), graph(flat), graph(update)
 
     @torch.no_grad()

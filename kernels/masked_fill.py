@@ -129,23 +129,23 @@ def _channel(
 @triton.jit
 def _store_channel(
     out_ptrs, pixels, masked, lost, fill, inside,
-    SCALE: tl.constexpr, SHIFT: tl.constexpr, SELECTS: tl.constexpr, HAS_DONORS: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, SELECTS: tl.constexpr, HAS_DONORS: tl.constexpr, CAN_LOSE: tl.constexpr,
 ):  # fmt: skip
     """Normalise one colour channel and store it. pixels: (BLOCK_Y, BLOCK_X, BLOCK_G, GROUP)."""
     values = tl.fma(pixels.to(tl.float32), tl.full(pixels.shape, SCALE, tl.float32), tl.full(pixels.shape, SHIFT, tl.float32))
-    if SELECTS and HAS_DONORS:
+    if CAN_LOSE:
         values = tl.where(lost, float("nan"), values)
-    elif SELECTS:
+    if SELECTS and not HAS_DONORS:
         values = tl.where(masked, tl.full(pixels.shape, fill, tl.float32), values)
     tl.store(out_ptrs, values.to(out_ptrs.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "first", "top_k", "context"])
+@triton.jit(do_not_specialize=["count", "top_k", "context"])
 def _masked_fill_fwd_kernel(
-    out_ptr, images_ptr, select_ptr, donors_ptr,
+    out_ptr, images_ptr, select_ptr, donors_ptr, first_ptr,
     stride_image_n, stride_image_channel, stride_image_y, stride_image_x,
     stride_select_n, stride_select_patch, stride_donors_n, stride_donors_patch,
-    count, first, threshold, top_k, context, fill_red, fill_green, fill_blue,
+    count, threshold, top_k, context, fill_red, fill_green, fill_blue,
     SELECT: tl.constexpr, PIXELS: tl.constexpr, HAS_DONORS: tl.constexpr, HAS_PATCH_LAYOUT: tl.constexpr,
     GRID_Y: tl.constexpr, GRID_X: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     SCALE_RED: tl.constexpr, SCALE_GREEN: tl.constexpr, SCALE_BLUE: tl.constexpr,
@@ -155,7 +155,8 @@ def _masked_fill_fwd_kernel(
 ):  # fmt: skip
     """One program: up to BLOCK_Y pixel rows of one row of patches of an image; tiles are (rows, patches, groups, GROUP pixels).
 
-    Row n of masks, donors and result belongs to image first + n of the `count` images, all of which can donate.
+    Row n of masks, donors and result belongs to image first + n of the `count` images, all of which can donate. first_ptr: one
+    int64, read on the device so that a captured graph sees its new value; None is 0. Pixels of no image are NaN.
     SELECT: none, mask (select_ptr is a bool mask over patches), threshold, top_k or bilinear (select_ptr is the raw relevance).
     PIXELS: words (16 RGB pixels as three vectors of four 32-bit words), pairs (2 as three 16-bit words) or single.
     """
@@ -171,7 +172,10 @@ def _masked_fill_fwd_kernel(
     column = column[None, :, None]
     inside = (y < HEIGHT) & (column < GRID_X) & (x < WIDTH)
 
-    source = tl.zeros((1, BLOCK_X, 1), tl.int64) + image + first
+    own = image
+    if first_ptr is not None:
+        own += tl.load(first_ptr)
+    source = tl.zeros((1, BLOCK_X, 1), tl.int64) + own
     readable = inside
     masked = inside
     lost = inside
@@ -197,11 +201,15 @@ def _masked_fill_fwd_kernel(
         if HAS_DONORS:
             donor_ptrs = donors_ptr + image * stride_donors_n + patch * stride_donors_patch
             donor = tl.load(donor_ptrs, mask=exists, other=0)[None, :, None]
-            lost = masked & ((donor < 0) | (donor >= count))
-            source = tl.where(masked, donor, image + first)
+            source = tl.where(masked, donor, own)
+            lost = (source < 0) | (source >= count)
             readable = inside & (lost == 0)
         else:
-            readable = inside & (masked == 0)
+            if first_ptr is not None:
+                lost = (masked == 0) & ((source < 0) | (source >= count))
+                readable = inside & (masked == 0) & (lost == 0)
+            else:
+                readable = inside & (masked == 0)
 
     image_y = row * HEIGHT + y
     image_x = column * WIDTH + x
@@ -240,6 +248,7 @@ def _masked_fill_fwd_kernel(
     out_offset = out_offset[:, :, :, None] + tl.arange(0, GROUP)[None, None, None, :]
     masked, lost, inside = masked[:, :, :, None], lost[:, :, :, None], inside[:, :, :, None]
     SELECTS: tl.constexpr = SELECT != "none"
+    CAN_LOSE: tl.constexpr = HAS_DONORS or first_ptr is not None
     pixels = _channel(raw0, raw1, raw2, 0, PIXELS, BLOCK_Y, BLOCK_X, BLOCK_G)
     _store_channel(
         out_ptr + 0 * STRIDE_CHANNEL + out_offset,
@@ -252,6 +261,7 @@ def _masked_fill_fwd_kernel(
         SHIFT_RED,
         SELECTS,
         HAS_DONORS,
+        CAN_LOSE,
     )
     pixels = _channel(raw0, raw1, raw2, 1, PIXELS, BLOCK_Y, BLOCK_X, BLOCK_G)
     _store_channel(
@@ -265,6 +275,7 @@ def _masked_fill_fwd_kernel(
         SHIFT_GREEN,
         SELECTS,
         HAS_DONORS,
+        CAN_LOSE,
     )
     pixels = _channel(raw0, raw1, raw2, 2, PIXELS, BLOCK_Y, BLOCK_X, BLOCK_G)
     _store_channel(
@@ -278,6 +289,7 @@ def _masked_fill_fwd_kernel(
         SHIFT_BLUE,
         SELECTS,
         HAS_DONORS,
+        CAN_LOSE,
     )
 
 
@@ -298,7 +310,7 @@ def plan_masked_fill(
     *,
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
-    first: int = 0,
+    first: Tensor | None = None,
 ) -> list[Launch]:
     """One launch that writes `masked_fill` into out."""
     grid = grid_of(mask.shape[1], image_size(images)[2])
@@ -329,7 +341,7 @@ def plan_counterfactual_batch(
     upsample: str = "nearest",
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
-    first: int = 0,
+    first: Tensor | None = None,
 ) -> list[Launch]:
     """One launch that writes `counterfactual_batch` into out."""
     grid = grid_of(relevance.shape[1], image_size(images)[2])
@@ -363,7 +375,7 @@ def _plan(
     top_k: int | None = None,
     context: bool = False,
     constant: Sequence[float] | None = None,
-    first: int = 0,
+    first: Tensor | None = None,
 ) -> Launch:
     count, image_height, image_width = image_size(images)
     rows, columns = grid
@@ -385,6 +397,7 @@ def _plan(
         "images_ptr": images,
         "select_ptr": selector,
         "donors_ptr": donors,
+        "first_ptr": first,
         "stride_image_n": image_strides[0],
         "stride_image_channel": image_strides[1],
         "stride_image_y": image_strides[2],
@@ -394,7 +407,6 @@ def _plan(
         "stride_donors_n": 0 if donors is None else donors.stride(0),
         "stride_donors_patch": 0 if donors is None or donors.ndim == 1 else donors.stride(1),
         "count": count,
-        "first": first,
         "threshold": 0.0 if threshold is None else float(threshold),
         "top_k": 0 if top_k is None else top_k,
         "context": int(context),
@@ -471,7 +483,7 @@ def launch_masked_fill(
     dtype: torch.dtype,
     layout: str,
     constant: Sequence[float] | None,
-    first: int,
+    first: Tensor | None,
 ) -> Tensor:
     out = _empty_for(mask, images, dtype, layout)
     run(plan_masked_fill(out, images, mask, donors, layout=layout, constant=constant, first=first))
@@ -489,7 +501,7 @@ def launch_counterfactual_batch(
     dtype: torch.dtype,
     layout: str,
     constant: Sequence[float] | None,
-    first: int,
+    first: Tensor | None,
 ) -> Tensor:
     out = _empty_for(relevance, images, dtype, layout)
     launches = plan_counterfactual_batch(
@@ -545,7 +557,7 @@ def _(images: Tensor, dtype: torch.dtype, layout: str, patch_size: int | None) -
     "cammask::masked_fill",
     mutates_args=(),
     schema="(Tensor images, Tensor mask, Tensor? donors, ScalarType dtype, str layout, float[]? constant, "
-    "int first=0) -> Tensor",
+    "Tensor? first=None) -> Tensor",
 )
 def _masked_fill(
     images: Tensor,
@@ -554,7 +566,7 @@ def _masked_fill(
     dtype: torch.dtype,
     layout: str,
     constant: Sequence[float] | None,
-    first: int = 0,
+    first: Tensor | None = None,
 ) -> Tensor:
     if uses_triton("masked_fill", images.device, pixels_ineligible(images, dtype, mask)):
         return launch_masked_fill(images, mask, donors, dtype, layout, constant, first)
@@ -569,7 +581,7 @@ def _(
     dtype: torch.dtype,
     layout: str,
     constant: Sequence[float] | None,
-    first: int = 0,
+    first: Tensor | None = None,
 ) -> Tensor:
     return _empty_for(mask, images, dtype, layout)
 
@@ -578,7 +590,7 @@ def _(
     "cammask::counterfactual_batch",
     mutates_args=(),
     schema="(Tensor images, Tensor relevance, Tensor? donors, float? threshold, int? top_k, bool context, str upsample, "
-    "ScalarType dtype, str layout, float[]? constant, int first=0) -> Tensor",
+    "ScalarType dtype, str layout, float[]? constant, Tensor? first=None) -> Tensor",
 )
 def _counterfactual_batch(
     images: Tensor,
@@ -591,7 +603,7 @@ def _counterfactual_batch(
     dtype: torch.dtype,
     layout: str,
     constant: Sequence[float] | None,
-    first: int = 0,
+    first: Tensor | None = None,
 ) -> Tensor:
     if uses_triton("counterfactual_batch", images.device, pixels_ineligible(images, dtype, relevance)):
         return launch_counterfactual_batch(
@@ -624,7 +636,7 @@ def _(
     dtype: torch.dtype,
     layout: str,
     constant: Sequence[float] | None,
-    first: int = 0,
+    first: Tensor | None = None,
 ) -> Tensor:
     return _empty_for(relevance, images, dtype, layout)
 
@@ -665,25 +677,25 @@ def masked_fill(
     dtype: torch.dtype = torch.float32,
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
-    first: int | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
     """Fill masked patches and normalise, one pass over the pixels.
 
     images: uint8 (M, H, W, 3) or float (M, 3, H, W) in [0, 1], H = W. mask: bool (N, P), row-major patches, True = filled.
-    first: with it, row n of mask, donors and result belongs to images[first + n] and all M images can donate (N <= M - first);
-    without it, N = M. donors: int64 (N,), one donor image per image (single-fill), (N, P), one per patch (multi-fill), each in
-    0..M-1, or None: masked patches get the RGB colour `constant` in [0, 1] (None: CLIP's mean, 0 after normalisation). dtype,
-    layout and result: as `normalise`. A donor outside the batch: ValueError on a CPU, NaN pixels from the kernel (no
+    first: int64 (), on the device of images: row n of mask, donors and result belongs to images[first + n] and all M images can
+    donate (0 <= first <= M - N); without it, N = M. donors: int64 (N,), one donor image per image (single-fill), (N, P), one per patch
+    (multi-fill), each in 0..M-1, or None: masked patches get the RGB colour `constant` in [0, 1] (None: CLIP's mean, 0 after normalisation). dtype,
+    layout and result: as `normalise`. A donor or first outside the batch: ValueError on a CPU, NaN pixels from the kernel (no
     synchronisation). Raises ValueError, naming the argument, on wrong shapes, dtypes and devices. Source: paper section 3.3.
     """
     _check_output(dtype, layout)
-    images_given, side = _check_square(images)
-    count = _check_first(first, mask, images_given)
+    side = _check_square(images)
+    count = _check_first(first, mask, images)
     if mask.ndim != 2 or mask.dtype != torch.bool or mask.shape[0] != count:
         raise ValueError(f"mask: expected bool ({count}, P), got {mask.dtype} {tuple(mask.shape)}")
     _check_grid("mask", mask, images, side)
     _check_fill(donors, constant, images, mask)
-    return torch.ops.cammask.masked_fill(images, mask, donors, dtype, layout, constant, first or 0)
+    return torch.ops.cammask.masked_fill(images, mask, donors, dtype, layout, constant, first)
 
 
 def counterfactual_batch(
@@ -698,7 +710,7 @@ def counterfactual_batch(
     dtype: torch.dtype = torch.float32,
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
-    first: int | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
     """Select patches by their relevance, fill them, normalise pixels: the student's counterfactual input in one launch.
 
@@ -711,8 +723,8 @@ def counterfactual_batch(
     Source: paper section 3.3.
     """
     _check_output(dtype, layout)
-    images_given, side = _check_square(images)
-    count = _check_first(first, relevance, images_given)
+    side = _check_square(images)
+    count = _check_first(first, relevance, images)
     if relevance.ndim != 2 or relevance.dtype not in (torch.float32, torch.float64) or relevance.shape[0] != count:
         raise ValueError(f"relevance: expected float32 ({count}, P), got {relevance.dtype} {tuple(relevance.shape)}")
     _check_grid("relevance", relevance, images, side)
@@ -729,7 +741,7 @@ def counterfactual_batch(
         raise ValueError("upsample: bilinear up-sampling takes a threshold, not top_k")
     _check_fill(donors, constant, images, relevance)
     return torch.ops.cammask.counterfactual_batch(
-        images, relevance, donors, threshold, top_k, context, upsample, dtype, layout, constant, first or 0
+        images, relevance, donors, threshold, top_k, context, upsample, dtype, layout, constant, first
     )
 
 
@@ -740,21 +752,20 @@ def _check_output(dtype: torch.dtype, layout: str) -> None:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
-def _check_square(images: Tensor) -> tuple[int, int]:
-    count, height, width = image_size(images)
+def _check_square(images: Tensor) -> int:
+    _, height, width = image_size(images)
     if height != width:
         raise ValueError(f"images: expected square images, got {height} x {width} pixels")
-    return count, width
+    return width
 
 
-def _check_first(first: int | None, selector: Tensor, count: int) -> int:
-    """The rows that masks and donors must have."""
+def _check_first(first: Tensor | None, selector: Tensor, images: Tensor) -> int:
+    """The rows that masks and donors must have. The value of `first` stays on the device."""
     if first is None:
-        return count
-    if not 0 <= first <= count - selector.shape[0]:
-        raise ValueError(
-            f"first: expected 0..{count - selector.shape[0]} for {selector.shape[0]} of {count} images, got {first}"
-        )
+        return images.shape[0]
+    if first.dtype != torch.int64 or first.ndim or first.device != images.device:
+        got = f"{first.dtype} {tuple(first.shape)} on {first.device}"
+        raise ValueError(f"first: expected int64 () on {images.device}, got {got}")
     return selector.shape[0]
 
 

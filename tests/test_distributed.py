@@ -18,7 +18,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from cammask_fast import distributed
 from cammask_fast.cli import main
-from cammask_fast.distributed import in_buckets
+from cammask_fast.distributed import in_buckets, watchdog
 from tests.helpers.processes import (
     assert_same_run,
     kill,
@@ -141,10 +141,105 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(photos: Path, tmp_path: Pat
 
 
 def test_a_rank_that_stops_before_its_watch_has_looked_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "TICK", 0.01)
+    monkeypatch.setattr(watchdog, "TICK", 0.01)
     store = HashStore()
-    first, _ = (distributed._Watch(store, rank, 2, 4.0) for rank in (0, 1))
-    assert f"rank 1 (pid {os.getpid()} on {socket.gethostname()}) does not answer" in first._blame()
+    first, _ = (distributed.Watchdog(store, rank, 2, 4.0) for rank in (0, 1))
+    assert f"rank 1 (pid {os.getpid()} on {socket.gethostname()}) does not answer" in first._describe(*first._silent())
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Pair:
+    """Two ranks, of which the first looks; a rank in `answers` has told where it stands whenever the first looks again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock, store = Clock(), HashStore()
+        self.ranks = [distributed.Watchdog(store, rank, 2, 10.0, clock=self.clock) for rank in (0, 1)]
+        self.answers = {0, 1}
+        monkeypatch.setattr(time, "sleep", lambda seconds: self.tell())
+        for rank in self.ranks:
+            rank.beat("in step 1")
+
+    def tell(self) -> None:
+        for rank in self.answers:
+            self.ranks[rank].ticks += 1
+            self.ranks[rank].publish_heartbeat()
+
+    def after(self, seconds: float) -> str | None:
+        """What the first rank finds so much later."""
+        self.clock.now += seconds
+        self.tell()
+        return self.ranks[0].find_stalled_rank()
+
+
+@pytest.mark.parametrize("compiler", [0, 1], ids=["itself", "the other"])
+def test_a_rank_that_compiles_has_more_time_and_so_has_who_waits_for_it(monkeypatch: pytest.MonkeyPatch, compiler: int) -> None:
+    pair = Pair(monkeypatch)
+    pair.ranks[compiler].compiling = True
+    assert [pair.after(11) for _ in range(watchdog.COMPILE_TIMEOUTS - 1)] == [None] * (watchdog.COMPILE_TIMEOUTS - 1)
+    said = pair.after(11)
+    assert said is not None
+    assert said.startswith(f"no progress for 60 s (6 times --timeout): rank {compiler} (pid ")
+    assert "is stalled in compiling; run the same command again" in said
+
+
+def test_the_end_of_a_compilation_starts_the_time_anew_but_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(monkeypatch)
+    pair.ranks[1].compiling = True
+    assert pair.after(11) is None
+    pair.ranks[1].compiling = False
+    assert pair.after(9) is None
+    said = pair.after(2)
+    assert said is not None
+    assert said.startswith("no progress for 10 s (--timeout): rank 0 (pid ")
+    assert "is stalled in in step 1;" in said
+
+
+def test_a_rank_that_stops_while_it_compiles_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(monkeypatch)
+    pair.ranks[1].compiling = True
+    pair.tell()
+    pair.answers = {0}
+    said = pair.after(11)
+    assert said is not None
+    assert said.startswith("no progress for 10 s (--timeout): rank 1 (pid ")
+    assert "does not answer" in said
+
+
+def test_without_a_compilation_the_time_is_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(monkeypatch)
+    assert pair.after(10) is None
+    pair.ranks[0].beat("in step 2")
+    assert pair.after(10) is None
+    said = pair.after(1)
+    assert said is not None
+    assert "rank 1 (pid" in said, "it came least far"
+
+
+def test_the_watch_knows_when_the_compiler_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, seen = distributed.Watchdog(HashStore(), 0, 1, 10.0, clock=Clock()), []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.append(watch.compiling)
+        return graph.forward
+
+    monkeypatch.setattr(watchdog, "_current", watch)
+    handler = torch._dynamo.callback_handler  # type: ignore[attr-defined]
+    monkeypatch.setattr(handler, "start_callbacks", [])
+    monkeypatch.setattr(handler, "end_callbacks", [])
+    distributed.watch_compiler()
+    double = torch.compile(lambda x: 2 * x, backend=compiler)
+    assert double(torch.ones(2)).tolist() == [2, 2]
+    assert seen == [True]
+    assert (watch.compiling, watch.beats) == (False, 1), "the end of a compilation is progress"
 
 
 @pytest.mark.slow

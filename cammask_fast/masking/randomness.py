@@ -15,20 +15,23 @@ class MaskRandomness(NamedTuple):
     """uniform: float32 (N, P) in [0, 1), for random masks. donors: int64 (N,) for single-fill, (N, P) for multi-fill.
     kept_tokens: int64 (N, n_keep + 1), CLS (0) first, then patch + 1 ascending, for random no-fill.
     pool: the images (M, …) that donors refer to, of which first..first + N - 1 are the batch; without it they are the batch.
+    first: int64 (), on the device: as a Python number it would be another graph for every micro-batch of a compiled step.
     None where the strategy does not use it."""
 
     uniform: Tensor | None = None
     donors: Tensor | None = None
     kept_tokens: Tensor | None = None
     pool: Tensor | None = None
-    first: int = 0
+    first: Tensor | None = None
 
     def part(self, first: int, count: int, pool: Tensor) -> MaskRandomness:
         """Those of the images first..first + count - 1 of the batch `pool` that was drawn for."""
         uniform, donors, kept = (
             None if t is None else t[first : first + count] for t in (self.uniform, self.donors, self.kept_tokens)
         )
-        return MaskRandomness(uniform, donors, kept, None if donors is None else pool, first)
+        if donors is None:
+            return MaskRandomness(uniform, donors, kept)
+        return MaskRandomness(uniform, donors, kept, pool, torch.full((), first, dtype=torch.int64, device=donors.device))
 
 
 def sample_mask_randomness(strategy: Strategy, *, count: int, patches: int, generator: torch.Generator) -> MaskRandomness:

@@ -60,22 +60,22 @@ def upsample_bilinear(relevance_NP: Tensor, *, grid: int, patch_size: int) -> Te
     return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
 
 
-def fill_pixels(images: Tensor, mask: Tensor, donors: Tensor, *, first: int | None = None) -> Tensor:
+def fill_pixels(images: Tensor, mask: Tensor, donors: Tensor, *, first: Tensor | None = None) -> Tensor:
     """Fill masked pixels from other images of the batch.
 
     images: uint8 (M, H, W, 3) or float (M, 3, H, W). mask: bool (N, P), row-major patches, or (N, H, W), pixels; True = filled.
     donors: int64 (N,), one donor image per image (single-fill), or (N, P), one per patch (multi-fill), each in 0..M-1.
-    With `first`, row n of mask, donors and result belongs to images[first + n] and the other images only donate; else N = M.
+    first: int64 (): row n of mask, donors and result belongs to images[first + n], the other images only donate; else N = M.
     Returns images' dtype and shape: at every pixel the image itself or its donor. Raises ValueError on wrong shapes, and on a
-    CPU for a donor outside the batch. METHOD: paper section 3.3 (single-fill, multi-fill).
+    CPU for a donor or first outside the batch. METHOD: paper section 3.3 (single-fill, multi-fill).
     """
     channels_last = images.dtype == torch.uint8
     every, height, side = image_size(images)
     count = len(mask)
     if height != side:
         raise ValueError(f"images: expected square images, got {height} x {side} pixels")
-    if mask.dtype != torch.bool or not (count == every if first is None else 0 <= first <= every - count):
-        raise ValueError(f"mask: expected bool with {every - (first or 0)} rows, got {mask.dtype} {tuple(mask.shape)}")
+    if mask.dtype != torch.bool or (first is None and count != every):
+        raise ValueError(f"mask: expected bool with {every} rows, got {mask.dtype} {tuple(mask.shape)}")
     if donors.dtype != torch.int64 or donors.ndim not in (1, 2) or len(donors) != count:
         raise ValueError(f"donors: expected int64 ({count},) or ({count}, P), got {donors.dtype} {tuple(donors.shape)}")
     if mask.shape not in ((count, side, side), (count, mask.shape[1])):
@@ -102,7 +102,7 @@ def fill_pixels(images: Tensor, mask: Tensor, donors: Tensor, *, first: int | No
             filling = pixels[donors, rows, :, columns].permute(0, 1, 3, 2, 4)
         else:  # (N, G, G, 3, p, p)
             filling = pixels[donors, :, rows, :, columns].permute(0, 3, 1, 4, 2, 5)
-    pixels = pixels[first or 0 :][:count]
+    pixels = _own(pixels, first, count)
     shape = (count, *images.shape[1:])
     if not over_patches:
         return torch.where(mask.unsqueeze(3 if channels_last else 1), filling.reshape(shape), pixels.view(shape))
@@ -116,6 +116,18 @@ def fill_pixels(images: Tensor, mask: Tensor, donors: Tensor, *, first: int | No
 masked_fill = fill_pixels
 
 
+def _own(pixels: Tensor, first: Tensor | None, count: int) -> Tensor:
+    """The `count` images from `first` on: a view on a CPU, elsewhere a copy, for no host knows where they start."""
+    if first is None:
+        return pixels
+    if pixels.device.type != "cpu":
+        return pixels[first + torch.arange(count, device=pixels.device)]
+    start = int(first)
+    if not 0 <= start <= len(pixels) - count:
+        raise ValueError(f"first: expected 0..{len(pixels) - count} for {count} of {len(pixels)} images, got {start}")
+    return pixels[start : start + count]
+
+
 def normalised_fill(
     images: Tensor,
     mask: Tensor,
@@ -125,7 +137,7 @@ def normalised_fill(
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
     patch_size: int | None = None,
-    first: int | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
     """The filled batch, normalised: normalise(fill_pixels(...)), or for donors=None the colour `constant` at masked pixels.
 
@@ -143,7 +155,7 @@ def normalised_fill(
         mask = mask.reshape(count, 1, grid, 1, grid, 1)
     else:
         mask = mask.reshape(count, 1, grid, patch_size, grid, patch_size)
-    pixels = normalise(images[first or 0 :][:count], dtype=dtype, layout=layout, patch_size=patch_size)
+    pixels = normalise(_own(images, first, count), dtype=dtype, layout=layout, patch_size=patch_size)
     colour = torch.tensor(normalised_colour(constant), dtype=dtype, device=images.device)
     if layout == "patches":
         mask, colour = mask.permute(0, 2, 4, 1, 3, 5), colour.view(3, 1, 1)
@@ -165,7 +177,7 @@ def counterfactual_batch(
     dtype: torch.dtype = torch.float32,
     layout: str = "nchw",
     constant: Sequence[float] | None = None,
-    first: int | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
     """The counterfactual of a batch, from the raw relevance map: select patches, fill them, normalise pixels.
 

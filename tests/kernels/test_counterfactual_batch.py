@@ -417,25 +417,63 @@ def pool_of(patch: int, *, multi: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def assert_rows_of_the_whole(images: Tensor, relevance: Tensor, donors: Tensor, **options: Any) -> None:
     """Rows 2..5 of a batch of seven, whose donors are all over it, are what the whole batch has there."""
+    first = torch.tensor(2, device=images.device)
     for layout in ("nchw", "patches"):
         whole = counterfactual_batch(images, relevance, donors, layout=layout, **options)
-        part = counterfactual_batch(images, relevance[2:5], donors[2:5], first=2, layout=layout, **options)
+        part = counterfactual_batch(images, relevance[2:5], donors[2:5], first=first, layout=layout, **options)
         torch.testing.assert_close(part, whole[2:5], rtol=0, atol=0)
         mask = relevance > 0.5
         whole = masked_fill(images, mask, donors, layout=layout)
         torch.testing.assert_close(
-            masked_fill(images, mask[2:5], donors[2:5], first=2, layout=layout), whole[2:5], rtol=0, atol=0
+            masked_fill(images, mask[2:5], donors[2:5], first=first, layout=layout), whole[2:5], rtol=0, atol=0
         )
 
 
-@pytest.mark.parametrize("first", [-1, 5])
-def test_a_place_outside_the_images_is_named(first: int) -> None:
+def assert_constant_rows_of_the_whole(images: Tensor, relevance: Tensor) -> None:
+    mask, first = relevance > 0.5, torch.tensor(2, device=images.device)
+    part = masked_fill(images, mask[2:5], None, first=first, layout="patches")
+    torch.testing.assert_close(part, masked_fill(images, mask, None, layout="patches")[2:5], rtol=0, atol=0)
+
+
+def test_images_that_are_not_shown_with_a_colour() -> None:
+    assert_constant_rows_of_the_whole(*pool_of(4, multi=False)[:2])
+
+
+@pytest.mark.triton
+def test_kernel_with_images_that_are_not_shown_and_a_colour(triton_backend: torch.device) -> None:
+    assert_constant_rows_of_the_whole(*(tensor.to(triton_backend) for tensor in pool_of(4, multi=False)[:2]))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("place", [-1, 5, 2**40])
+@pytest.mark.parametrize("filled", ["donors", "constant"])
+def test_kernel_writes_nan_where_the_own_image_is_none(triton_backend: torch.device, filled: str, place: int) -> None:
+    """What is masked has its donor or colour; nothing is read outside the images."""
+    images, relevance, donors = (tensor.to(triton_backend) for tensor in pool_of(4, multi=False))
+    first, mask = torch.tensor(place, device=triton_backend), relevance[:3] > 0.5
+    given = donors[:3] if filled == "donors" else None
+    found = masked_fill(images, mask, given, first=first, layout="patches")
+    outside = torch.arange(3, device=triton_backend)[:, None] + place
+    lost = ((outside < 0) | (outside >= 7)) & ~mask
+    assert lost.any()
+    assert torch.equal(found.isnan().all(2), lost)
+    assert torch.equal(found.isnan().any(2), lost)
+
+
+@pytest.mark.parametrize("place", [-1, 5])
+def test_a_place_outside_the_images_is_named(place: int) -> None:
     images, relevance, donors = pool_of(4, multi=False)
+    first, inside = torch.tensor(place), torch.tensor(1)
+    for wrong in (torch.tensor(1.0), torch.tensor([1]), torch.tensor(1, device="meta")):
+        with pytest.raises(ValueError, match=r"first: expected int64 \(\) on cpu"):
+            masked_fill(images, relevance[:3] > 0.5, donors[:3], first=wrong)
+    with pytest.raises(ValueError, match=r"first: expected 0\.\.4 for 3 of 7 images"):
+        masked_fill(images, relevance[:3] > 0.5, None, first=first)
     with pytest.raises(ValueError, match=r"first: expected 0\.\.4 for 3 of 7 images"):
         counterfactual_batch(images, relevance[:3], donors[:3], threshold=0.5, first=first)
     with pytest.raises(ValueError, match=r"relevance: expected float32 \(7, P\)"):
         counterfactual_batch(images, relevance[:3], donors[:3], threshold=0.5)
     with pytest.raises(ValueError, match=r"donors: expected int64 \(3,\)"):
-        counterfactual_batch(images, relevance[:3], donors, threshold=0.5, first=1)
+        counterfactual_batch(images, relevance[:3], donors, threshold=0.5, first=inside)
     with pytest.raises(ValueError, match=r"0\.\.6"):
-        counterfactual_batch(images, relevance[:3], donors[:3] + 7, threshold=0.0, first=1)
+        counterfactual_batch(images, relevance[:3], donors[:3] + 7, threshold=0.0, first=inside)
