@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cammask_fast import distributed
 from cammask_fast.data.types import Loader
-from cammask_fast.kernels.masked_fill import normalise
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.model.classifier import Classifier
 
 TOP = 5

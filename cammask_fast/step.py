@@ -22,7 +22,7 @@ from cammask_fast.cam import cls_rollout, weighted_activation
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.types import Batch
 from cammask_fast.distributed.overlap import inductor_options
-from cammask_fast.kernels.masked_fill import normalise
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
 from cammask_fast.masking import (
     MaskedInput,

@@ -21,7 +21,7 @@ from cammask_fast.config import TrainConfig
 from cammask_fast.data.types import Batch, Loader
 from cammask_fast.distributed import World
 from cammask_fast.evaluate import accuracy
-from cammask_fast.kernels.masked_fill import normalise
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.masking import MaskRandomness, counterfactual, sample_mask_randomness
 from cammask_fast.model.classifier import Classifier, interpolate
 from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision

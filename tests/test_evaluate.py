@@ -72,7 +72,7 @@ def test_one_pass_gives_every_model_its_own_score() -> None:
             return super().__iter__()
 
     with torch.no_grad():
-        from cammask_fast.kernels.masked_fill import normalise
+        from cammask_fast.kernels.normalise import normalise
 
         labels = start(normalise(images)).logits.argmax(1)
     loader = Counted(images, labels, ResumableDistributedSampler(len(images), batch_size=16))

@@ -18,7 +18,7 @@ from cammask_fast.checkpoint import Description, save_classifier
 from cammask_fast.cli import main
 from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.export import export, largest_difference
-from cammask_fast.kernels.masked_fill import normalise
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import load_pretrained
 from cammask_fast.model.zero_shot import load_tiny_clip, tiny_classifier

@@ -21,7 +21,7 @@ from cammask_fast.data.datasets.imagenet import Known, find_sets, imagenet_names
 from cammask_fast.data.factory import folders_of, open_evaluation
 from cammask_fast.data.loaders.config import LoaderConfig
 from cammask_fast.evaluate import Score, evaluate
-from cammask_fast.kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD
+from cammask_fast.kernels.reference.pixels import CLIP_MEAN, CLIP_STD
 from cammask_fast.model.classifier import Classifier
 
 SIZE = 16

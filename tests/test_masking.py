@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cammask_fast.kernels.masked_fill import normalise
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.kernels.reference import patch_select
 from cammask_fast.masking import MaskRandomness, Strategy, counterfactual, masked_input, parse_strategy, sample_mask_randomness
 

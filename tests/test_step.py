@@ -16,7 +16,7 @@ from cammask_fast.cam import cls_rollout, grad_cam, mm_cam
 from cammask_fast.config import OptimConfig, TrainConfig
 from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.types import ArrayLoader, Batch
-from cammask_fast.kernels.masked_fill import normalise
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.masking import MaskRandomness, counterfactual
 from cammask_fast.model.classifier import Classifier, compute_weights, keeps_precision
 from cammask_fast.model.vit import Taps, VisionTransformer, ViTConfig

@@ -20,12 +20,14 @@ from bench.records import ROOT, Function, Spread, append, gpu_environment, sprea
 from bench.step.matrix_rate import matrix_product
 from cammask_fast.kernels.backend import set_backend
 from cammask_fast.kernels.cls_relevance import cls_relevance
-from cammask_fast.kernels.masked_fill import counterfactual_batch, masked_fill, normalise
+from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
+from cammask_fast.kernels.masked_fill import masked_fill
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.kernels.patch_select import patch_select
 from cammask_fast.kernels.reference.cls_relevance import cls_relevance as reference_cls_relevance
-from cammask_fast.kernels.reference.masked_fill import counterfactual_batch as reference_counterfactual_batch
-from cammask_fast.kernels.reference.masked_fill import normalise as reference_normalise
+from cammask_fast.kernels.reference.counterfactual_batch import counterfactual_batch as reference_counterfactual_batch
 from cammask_fast.kernels.reference.masked_fill import normalised_fill
+from cammask_fast.kernels.reference.normalise import normalise as reference_normalise
 from cammask_fast.kernels.reference.patch_select import PatchSelection
 from cammask_fast.kernels.reference.patch_select import patch_select as reference_patch_select
 

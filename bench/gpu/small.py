@@ -8,7 +8,9 @@ import torch
 
 from cammask_fast.kernels.backend import set_backend
 from cammask_fast.kernels.cls_relevance import cls_relevance
-from cammask_fast.kernels.masked_fill import counterfactual_batch, masked_fill, normalise
+from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
+from cammask_fast.kernels.masked_fill import masked_fill
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.kernels.patch_select import patch_select
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from bench.kernels.op_by_op import counterfactual_op_by_op
 from cammask_fast.kernels.backend import set_backend
-from cammask_fast.kernels.masked_fill import counterfactual_batch, normalise
-from cammask_fast.kernels.reference.masked_fill import counterfactual_batch as counterfactual_reference
-from cammask_fast.kernels.reference.masked_fill import normalise as normalise_reference
+from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
+from cammask_fast.kernels.normalise import normalise
+from cammask_fast.kernels.reference.counterfactual_batch import counterfactual_batch as counterfactual_reference
+from cammask_fast.kernels.reference.normalise import normalise as normalise_reference
 
 SIDE = 224
 THRESHOLD = 0.3

@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.kernels.op_by_op import counterfactual_op_by_op
 from bench.records import cpu_environment, interleaved
 from cammask_fast.kernels.cls_relevance import cls_relevance
-from cammask_fast.kernels.masked_fill import counterfactual_batch
+from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
 from cammask_fast.viz.tables import markdown_table
 
 THRESHOLD = 0.3

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cammask_fast.kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD
+from cammask_fast.kernels.reference.pixels import CLIP_MEAN, CLIP_STD
 
 
 def counterfactual_op_by_op(images_u8: Tensor, relevance: Tensor, donors: Tensor, threshold: float) -> Tensor:

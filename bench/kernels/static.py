@@ -20,8 +20,10 @@ from torch import Tensor
 
 from bench.kernels.aot import ARCHS, Compiled, compile_launch
 from cammask_fast.kernels.cls_relevance import plan_cls_relevance
+from cammask_fast.kernels.counterfactual_batch import plan_counterfactual_batch
 from cammask_fast.kernels.launch import Launch
-from cammask_fast.kernels.masked_fill import plan_counterfactual_batch, plan_masked_fill, plan_normalise
+from cammask_fast.kernels.masked_fill import plan_masked_fill
+from cammask_fast.kernels.normalise import plan_normalise
 from cammask_fast.kernels.patch_select import plan_patch_select
 
 RECORDS = Path(__file__).parent.parent / "results" / "static.jsonl"

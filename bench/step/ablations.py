@@ -16,7 +16,7 @@ from bench.step import authors
 from cammask_fast.cam import class_score, cls_rollout
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.types import Batch
-from cammask_fast.kernels.masked_fill import normalise
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.losses import feature_distillation
 from cammask_fast.masking import MaskRandomness, masked_input

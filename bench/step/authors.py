@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.types import Batch
-from cammask_fast.kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD
+from cammask_fast.kernels.reference.pixels import CLIP_MEAN, CLIP_STD
 from cammask_fast.losses import feature_distillation, logit_distillation
 from cammask_fast.masking import MaskRandomness, Strategy
 from cammask_fast.model.classifier import Classifier, Prediction

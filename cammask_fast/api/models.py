@@ -17,7 +17,7 @@ from cammask_fast.checkpoint import load_classifier
 from cammask_fast.checkpoint.classifier import checkpoint_in
 from cammask_fast.data.iterables import to_uint8
 from cammask_fast.data.transforms import Transform, decode
-from cammask_fast.kernels.masked_fill import normalise
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import PretrainedClip, load_pretrained
 from cammask_fast.model.vit import VisionTransformer

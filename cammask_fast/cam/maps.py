@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cammask_fast.config import Cam
 from cammask_fast.kernels.cls_relevance import cls_relevance
-from cammask_fast.kernels.masked_fill import normalise
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import Taps
 

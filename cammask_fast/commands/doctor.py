@@ -20,7 +20,7 @@ from cammask_fast.commands.shared import Options
 from cammask_fast.data.loaders.config import LoaderConfig
 from cammask_fast.kernels.backend import set_backend
 from cammask_fast.kernels.cls_relevance import cls_relevance
-from cammask_fast.kernels.masked_fill import counterfactual_batch
+from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
 from cammask_fast.kernels.patch_select import patch_select
 from cammask_fast.precision import resolve
 from cammask_fast.runtime.machine import cpu_name

@@ -22,7 +22,7 @@ from cammask_fast.data.datasets.texture_digits_splits import evaluation_splits, 
 from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.types import ArrayLoader
 from cammask_fast.evaluate import accuracy
-from cammask_fast.kernels.reference.masked_fill import normalise
+from cammask_fast.kernels.reference.normalise import normalise
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.tiny_clip import build_tiny_clip, tokenizer
 from cammask_fast.model.vit import VisionTransformer

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cammask_fast.checkpoint import Description, load_classifier
-from cammask_fast.kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD
+from cammask_fast.kernels.reference.pixels import CLIP_MEAN, CLIP_STD
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.runtime.files import write_text
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cammask_fast.checkpoint import Description
 from cammask_fast.export import Exported, largest_difference, preprocessing, write_head
-from cammask_fast.kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD
+from cammask_fast.kernels.reference.pixels import CLIP_MEAN, CLIP_STD
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import load_pretrained, open_clip_name
 from cammask_fast.model.tiny_clip import TEXT_CONFIG

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cammask_fast.kernels.masked_fill import counterfactual_batch, masked_fill
+from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
+from cammask_fast.kernels.masked_fill import masked_fill
 from cammask_fast.kernels.patch_select import patch_select
 from cammask_fast.kernels.reference import PatchSelection, fill_pixels, normalise_relevance, upsample_bilinear
 from cammask_fast.masking.randomness import MaskRandomness

@@ -15,7 +15,7 @@ from open_clip.model import CLIP, CLIPVisionCfg
 from torch import Tensor
 
 from cammask_fast.data.datasets.texture_digits import TEMPLATES
-from cammask_fast.kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD
+from cammask_fast.kernels.reference.pixels import CLIP_MEAN, CLIP_STD
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.files import load_exactly, read_safetensors
 from cammask_fast.model.tiny_clip import TINY_VIT, build_tiny_clip, tokenizer

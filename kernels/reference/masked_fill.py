@@ -1,63 +1,14 @@
-"""Masked fill in plain PyTorch: up-sample the patch mask, take masked pixels from donors, normalise, cut into patches."""
+"""Masked fill in plain PyTorch: take masked pixels from donors, normalise, cut into patches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .patch_select import normalise_relevance, patch_select
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LAYOUTS = ("nchw", "patches")
-
-
-def normalise(
-    images: Tensor, *, dtype: torch.dtype = torch.float32, layout: str = "nchw", patch_size: int | None = None
-) -> Tensor:
-    """(x - mean) / std with CLIP's constants.
-
-    images: uint8 (N, H, W, 3), or float (N, 3, H, W) in [0, 1]. Returns `dtype` (N, 3, H, W), or with layout="patches"
-    (N, P, 3 * patch_size**2): patches row-major, each flattened in the order channel, y, x. Raises ValueError on other shapes.
-    """
-    _, height, width = image_size(images)
-    size = _checked_patch_size(layout, patch_size, height, width)
-    planes = images.permute(0, 3, 1, 2) if images.dtype == torch.uint8 else images
-    if layout == "patches":
-        assert size is not None
-        planes = planes.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)  # (N, G, G, 3, p, p)
-    mean = torch.tensor(CLIP_MEAN, dtype=dtype, device=images.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, dtype=dtype, device=images.device).view(3, 1, 1)
-    if images.dtype == torch.uint8:
-        pixels = planes.contiguous().to(dtype).div_(255).sub_(mean).div_(std)  # bytes are moved before they grow
-    else:
-        pixels = ((planes.to(dtype) - mean) / std).contiguous()
-    return pixels.flatten(3).flatten(1, 2).flatten(2) if layout == "patches" else pixels
-
-
-def normalised_colour(constant: Sequence[float] | None) -> tuple[float, float, float]:
-    """An RGB colour in [0, 1] after normalisation; None is CLIP's mean, exactly 0."""
-    if constant is None:
-        return 0.0, 0.0, 0.0
-    red, green, blue = ((value - mean) / std for value, mean, std in zip(constant, CLIP_MEAN, CLIP_STD, strict=True))
-    return red, green, blue
-
-
-def upsample_nearest(mask_NP: Tensor, *, grid: int, patch_size: int) -> Tensor:
-    """Patch values (N, P), row-major, to pixels (N, grid * patch_size, grid * patch_size)."""
-    count = len(mask_NP)
-    pixels = mask_NP.reshape(count, grid, 1, grid, 1).expand(count, grid, patch_size, grid, patch_size)
-    return pixels.reshape(count, grid * patch_size, grid * patch_size)
-
-
-def upsample_bilinear(relevance_NP: Tensor, *, grid: int, patch_size: int) -> Tensor:
-    """Normalised relevance (N, P) to pixels (N, H, W); align_corners=False, edges clamped."""
-    side = grid * patch_size
-    maps = relevance_NP.reshape(-1, 1, grid, grid)
-    return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
+from .normalise import normalise
+from .pixels import grid_of, image_size, normalised_colour
 
 
 def fill_pixels(images: Tensor, mask: Tensor, donors: Tensor, *, first: Tensor | None = None) -> Tensor:
@@ -163,73 +114,6 @@ def normalised_fill(
     else:
         blocks, colour = pixels.view(count, 3, grid, patch_size, grid, patch_size), colour.view(3, 1, 1, 1, 1)
     return torch.where(mask, colour, blocks).view(pixels.shape)
-
-
-def counterfactual_batch(
-    images: Tensor,
-    relevance_NP: Tensor,
-    donors: Tensor | None,
-    *,
-    threshold: float | None = None,
-    top_k: int | None = None,
-    context: bool = False,
-    upsample: str = "nearest",
-    dtype: torch.dtype = torch.float32,
-    layout: str = "nchw",
-    constant: Sequence[float] | None = None,
-    first: Tensor | None = None,
-) -> Tensor:
-    """The counterfactual of a batch, from the raw relevance map: select patches, fill them, normalise pixels.
-
-    images, donors, first: as `fill_pixels`; donors None for a constant colour. relevance_NP: float (N, P), not normalised.
-    threshold, top_k, context: as `patch_select`. upsample: `nearest`, or `bilinear`: the normalised map is interpolated to
-    pixels before it is compared with the threshold. Returns `dtype`, shapes as `normalise`.
-    """
-    side = image_size(images)[2]
-    grid = grid_of(relevance_NP.shape[1], side)
-    size = side // grid
-    if upsample == "bilinear":
-        if threshold is None:
-            raise ValueError("upsample: bilinear up-sampling takes a threshold, not top_k")
-        pixels = upsample_bilinear(normalise_relevance(relevance_NP), grid=grid, patch_size=size)
-        mask = (pixels > threshold) ^ context
-    else:
-        mask = patch_select(relevance_NP, context=context, threshold=threshold, top_k=top_k).mask
-    return normalised_fill(images, mask, donors, dtype=dtype, layout=layout, constant=constant, patch_size=size, first=first)
-
-
-def image_size(images: Tensor) -> tuple[int, int, int]:
-    """(N, H, W) of uint8 (N, H, W, 3) or float (N, 3, H, W) images. Raises ValueError on anything else."""
-    if images.dtype == torch.uint8:
-        if images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"images: expected uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
-        return images.shape[0], images.shape[1], images.shape[2]
-    if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images: expected float (N, 3, H, W) or uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
-    return images.shape[0], images.shape[2], images.shape[3]
-
-
-def grid_of(patches: int, side: int) -> int:
-    """Patches per side. Raises ValueError where they are no square grid whose patches divide the image."""
-    grid = 1
-    while grid * grid < patches:  # not math.isqrt, which torch.compile cannot trace on a symbolic size
-        grid += 1
-    if grid * grid != patches or side % grid:
-        raise ValueError(f"{patches} patches are no square grid that divides an image of {side} pixels")
-    return grid
-
-
-def _checked_patch_size(layout: str, patch_size: int | None, height: int, width: int) -> int | None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if layout == "patches":
-        if patch_size is None:
-            raise ValueError("patch_size: layout 'patches' needs it")
-        if height != width:
-            raise ValueError(f"images: expected square images for patches, got {height} x {width} pixels")
-        if patch_size < 1 or height % patch_size:
-            raise ValueError(f"patch_size: expected a divisor of the image side {height}, got {patch_size}")
-    return patch_size
 
 
 def _widest_words(length: int) -> torch.dtype:

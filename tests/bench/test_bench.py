@@ -29,7 +29,7 @@ from bench.step.work import count_flops
 from cammask_fast import cli
 from cammask_fast.config import TrainConfig
 from cammask_fast.kernels.backend import INTERPRETED, set_backend
-from cammask_fast.kernels.masked_fill import counterfactual_batch
+from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer
 from cammask_fast.viz.tables import markdown_table

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.step.race import ARCHS
 from bench.step.work import PRODUCTS, UncountedOperator, count_flops, forward_unit
-from cammask_fast.kernels.masked_fill import counterfactual_batch
+from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer
 

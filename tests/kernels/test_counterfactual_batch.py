@@ -18,11 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.kernels.op_by_op import counterfactual_op_by_op
 from cammask_fast.kernels.backend import INTERPRETED
+from cammask_fast.kernels.counterfactual_batch import counterfactual_batch, plan_counterfactual_batch
 from cammask_fast.kernels.launch import Launch
-from cammask_fast.kernels.masked_fill import counterfactual_batch, masked_fill, plan_counterfactual_batch
-from cammask_fast.kernels.reference.masked_fill import CLIP_MEAN, CLIP_STD, normalised_fill
-from cammask_fast.kernels.reference.masked_fill import counterfactual_batch as reference
+from cammask_fast.kernels.masked_fill import masked_fill
+from cammask_fast.kernels.normalise import normalise
+from cammask_fast.kernels.reference.counterfactual_batch import counterfactual_batch as reference
+from cammask_fast.kernels.reference.masked_fill import normalised_fill
 from cammask_fast.kernels.reference.patch_select import normalise_relevance, patch_select
+from cammask_fast.kernels.reference.pixels import CLIP_MEAN, CLIP_STD
 from tests.kernels.test_masked_fill import (
     DTYPES,
     PAIRS,
@@ -37,7 +40,7 @@ from tests.kernels.test_masked_fill import (
     drawn,
 )
 
-kernel = importlib.import_module("cammask_fast.kernels.masked_fill")
+kernel = importlib.import_module("cammask_fast.kernels.counterfactual_batch")
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILLS = {
     "ObjMaskSingleFill": 0.3,
@@ -184,7 +187,7 @@ def test_kernel_interpolates_the_map_to_pixels(triton_backend: torch.device, set
 def test_kernel_bilinear_at_thresholds_0_and_1(triton_backend: torch.device) -> None:
     images, _, single, _ = drawn(Setting(21, 7), triton_backend)
     relevance = relevance_of(Setting(21, 7), triton_backend) + 0.5
-    clean = kernel.normalise(images)
+    clean = normalise(images)
     nothing = counterfactual_batch(images, relevance, single, threshold=1.0, upsample="bilinear")
     assert torch.equal(nothing, clean)
     everything = counterfactual_batch(images, relevance, single, threshold=0.0, upsample="bilinear")
@@ -200,7 +203,7 @@ def test_kernel_writes_nan_for_a_donor_outside_the_batch(triton_backend: torch.d
         for outside, upsample in ((-1, "nearest"), (3, "bilinear")):
             filled = counterfactual_batch(images, relevance, single * 0 + outside, threshold=0.5, upsample=upsample)
             constant = counterfactual_batch(images, relevance, None, threshold=0.5, upsample=upsample)
-            clean = kernel.normalise(images)
+            clean = normalise(images)
             masked = filled.isnan()
             assert torch.equal(filled[~masked], clean[~masked])
             assert torch.equal(masked & (clean != 0), (constant != clean) & (clean != 0))

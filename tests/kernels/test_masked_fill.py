@@ -19,17 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cammask_fast.kernels.backend import INTERPRETED
 from cammask_fast.kernels.masked_fill import masked_fill as kernel_masked_fill
-from cammask_fast.kernels.masked_fill import normalise as kernel_normalise
-from cammask_fast.kernels.masked_fill import pixels_ineligible, plan_masked_fill, plan_normalise
-from cammask_fast.kernels.reference.masked_fill import (
-    CLIP_MEAN,
-    CLIP_STD,
-    normalise,
-    normalised_fill,
-    upsample_bilinear,
-    upsample_nearest,
-)
+from cammask_fast.kernels.masked_fill import plan_masked_fill
+from cammask_fast.kernels.normalise import normalise as kernel_normalise
+from cammask_fast.kernels.normalise import plan_normalise
+from cammask_fast.kernels.pixels import pixels_ineligible
+from cammask_fast.kernels.reference.counterfactual_batch import upsample_bilinear, upsample_nearest
 from cammask_fast.kernels.reference.masked_fill import fill_pixels as masked_fill
+from cammask_fast.kernels.reference.masked_fill import normalised_fill
+from cammask_fast.kernels.reference.normalise import normalise
+from cammask_fast.kernels.reference.pixels import CLIP_MEAN, CLIP_STD
 
 
 def batch(count: int, side: int, *, floating: bool, seed: int = 0) -> Tensor:

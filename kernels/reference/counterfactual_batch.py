@@ -1,0 +1,60 @@
+"""Selection, fill and normalisation in plain PyTorch, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .masked_fill import normalised_fill
+from .patch_select import normalise_relevance, patch_select
+from .pixels import grid_of, image_size
+
+
+def upsample_nearest(mask_NP: Tensor, *, grid: int, patch_size: int) -> Tensor:
+    """Patch values (N, P), row-major, to pixels (N, grid * patch_size, grid * patch_size)."""
+    count = len(mask_NP)
+    pixels = mask_NP.reshape(count, grid, 1, grid, 1).expand(count, grid, patch_size, grid, patch_size)
+    return pixels.reshape(count, grid * patch_size, grid * patch_size)
+
+
+def upsample_bilinear(relevance_NP: Tensor, *, grid: int, patch_size: int) -> Tensor:
+    """Normalised relevance (N, P) to pixels (N, H, W); align_corners=False, edges clamped."""
+    side = grid * patch_size
+    maps = relevance_NP.reshape(-1, 1, grid, grid)
+    return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
+
+
+def counterfactual_batch(
+    images: Tensor,
+    relevance_NP: Tensor,
+    donors: Tensor | None,
+    *,
+    threshold: float | None = None,
+    top_k: int | None = None,
+    context: bool = False,
+    upsample: str = "nearest",
+    dtype: torch.dtype = torch.float32,
+    layout: str = "nchw",
+    constant: Sequence[float] | None = None,
+    first: Tensor | None = None,
+) -> Tensor:
+    """The counterfactual of a batch, from the raw relevance map: select patches, fill them, normalise pixels.
+
+    images, donors, first: as `fill_pixels`; donors None for a constant colour. relevance_NP: float (N, P), not normalised.
+    threshold, top_k, context: as `patch_select`. upsample: `nearest`, or `bilinear`: the normalised map is interpolated to
+    pixels before it is compared with the threshold. Returns `dtype`, shapes as `normalise`.
+    """
+    side = image_size(images)[2]
+    grid = grid_of(relevance_NP.shape[1], side)
+    size = side // grid
+    if upsample == "bilinear":
+        if threshold is None:
+            raise ValueError("upsample: bilinear up-sampling takes a threshold, not top_k")
+        pixels = upsample_bilinear(normalise_relevance(relevance_NP), grid=grid, patch_size=size)
+        mask = (pixels > threshold) ^ context
+    else:
+        mask = patch_select(relevance_NP, context=context, threshold=threshold, top_k=top_k).mask
+    return normalised_fill(images, mask, donors, dtype=dtype, layout=layout, constant=constant, patch_size=size, first=first)
