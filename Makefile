@@ -1,11 +1,12 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both need only Python >= 3.11 and the package index.
+# Two commands on a fresh machine: `make demo` and `make test`; `make check` while you work. They need only Python >= 3.11 and
+# the package index.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARALLEL ?= --numprocesses 2 --dist loadfile
 
-.PHONY: demo demo-full test lint bench gpu clean
+.PHONY: demo demo-full check test lint bench gpu clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +24,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
+	$(BIN)/python -m pytest -m "not slow and not alone" $(PARALLEL)
 
 test: lint
 	$(BIN)/python -m pytest -m "not alone" $(PARALLEL)
