@@ -1,11 +1,12 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both need only Python >= 3.11 and the package index.
+# Two commands on a fresh machine: `make demo` and `make test`; `make check` while you work. They need only Python >= 3.11 and
+# the package index.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARALLEL ?= --numprocesses 2 --dist loadfile
 
-.PHONY: demo demo-full test lint docs bench gpu clean
+.PHONY: demo demo-full check test lint docs bench gpu clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +28,9 @@ lint: $(STAMP)
 # Not --quiet: mkdocs counts only the warnings that it prints.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+check: lint
+	$(BIN)/python -m pytest -m "not slow and not alone" $(PARALLEL)
 
 test: lint docs
 	$(BIN)/python -m pytest -m "not alone" $(PARALLEL)

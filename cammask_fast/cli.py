@@ -282,6 +282,8 @@ def _surviving(parser: Parser) -> None:
     )
     text = "without progress for so long, six times that while a process compiles, end all processes (default: 600)"
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=text)
+    text = "trace a few steps after warm-up: trace.json and operators.txt, the 20 operators that take most time"
+    parser.add_argument("--profile", type=Path, metavar="DIR", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out, or begun there")
 
 

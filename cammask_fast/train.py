@@ -55,6 +55,10 @@ def _go_on() -> bool:
     return False
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(kw_only=True)
 class Run:
     """What surrounds a training: the processes that share it, and what lets it survive. Without any of it, it just trains."""
@@ -74,6 +78,8 @@ class Run:
     """Gets the step from which the run resumes, the epochs that are complete, and the checkpoint."""
     stop: Callable[[], bool] = _go_on
     """Whether this process has been asked to save and leave."""
+    after_step: Callable[[], None] = _nothing
+    """Called at the end of every step, such as a profiler's."""
     debug: Path | None = None
     """Folder for what is known of a run that stopped on non-finite losses."""
 
@@ -145,6 +151,7 @@ def fine_tune(
             distributed.heartbeat(f"step {state.step + 1}")
             parts = split_microbatches(batch.to(device), config, state, run.world)
             step(parts)
+            run.after_step()
             state.step += 1
             if state.step % log_every == 0 or state.step == steps:
                 speed = pace.read(state.step * config.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 
 import pytest
@@ -12,6 +13,7 @@ from cammask_fast.kernels.backend import INTERPRETED
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so they do in the processes that tests start
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -36,6 +36,7 @@ from cammask_fast.state import Snapshot, TrainState
 from cammask_fast.step import Losses, build_step, build_strategy, build_train_step, sample_step_randomness
 from tests.test_step import CONFIGS, TINY, batch, classifier, pair
 
+pytestmark = pytest.mark.slow  # nearly every test compiles a step
 COMPILED = [
     "ft", "ft-fd", "ft-kd", "masked-object", "masked-topk", "random-multi", "object-no-fill", "random-no-fill", "context-top-k",
     "kd-no-fill", "grad-cam", "late-layers", "bilinear",
@@ -152,7 +153,7 @@ def test_the_graph_does_no_more_work_than_the_eager_step(name: str) -> None:
 
 
 def test_micro_batches_make_the_update_of_the_whole_batch() -> None:
-    whole, parts = (run(CONFIGS["ft-fd"], compiled=True, accumulate=n) for n in (1, 2))
+    whole, parts = compiled_run("ft-fd"), run(CONFIGS["ft-fd"], compiled=True, accumulate=2)
     assert len(parts.graphs) == 2, "gradients of a micro-batch, and the update"
     worst, error = furthest(whole.state.student, parts.state.student)
     assert error < 1e-11, worst

@@ -50,6 +50,20 @@ def test_calibration_error_by_hand() -> None:
         assert score_of(logits, labels, split=split).calibration_error == pytest.approx(100 * 1.4 / 6, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("confident", "right"),
+    [([0.65, 0.69], [True, False]), ([0.59, 0.61], [True, False])],
+    ids=["the edge 10/15", "the edge 9/15"],
+)
+def test_calibration_has_fifteen_bins(confident: list[float], right: list[bool]) -> None:
+    """One image on either side of an edge: each is off by itself, while in one bin they would make up for each other."""
+    confidence = torch.tensor(confident)
+    logits = torch.stack([confidence, 1 - confidence], 1).log()
+    off = sum(abs(one - hit) for one, hit in zip(confident, right, strict=True)) / len(right)
+    found = score_of(logits, torch.tensor([0 if hit else 1 for hit in right])).calibration_error
+    assert found == pytest.approx(100 * off, abs=1e-4)
+
+
 def test_a_perfectly_confident_and_right_model_is_calibrated() -> None:
     assert score_of(100 * torch.eye(5), torch.arange(5)) == Score(5, 100.0, 100.0, 0.0, (100.0,) * 5)
 

@@ -144,6 +144,24 @@ def test_any_class_of_an_objectnet_folder_is_right(family: Path) -> None:
     assert found["objectnet"].per_class == (0.0, 100.0), "chair_by_folder and mug"
 
 
+def test_objectnets_frame_is_two_pixels_wide(tmp_path: Path) -> None:
+    """The pixels next to it belong to the image: of 24 rows in the size of the model the first and the last are white."""
+    write_objectnet(tmp_path)
+    for path in tmp_path.glob("images/*/*.png"):
+        pixels = np.array(Image.open(path))
+        pixels[2:-2, 2:-2][[0, -1]] = 255
+        Image.fromarray(pixels).save(path)
+    options = LoaderConfig(kind="torch", workers=0, report=tmp_path / "bad.tsv")
+    data = f"objectnet={tmp_path}"
+    (one,) = open_evaluation(
+        [data], image_size=24, class_folders=wnids(), loader_config=options, allow_incomplete=True
+    ).values()
+    images = torch.cat([batch.images for batch in one.loader])
+    assert images.shape == (6, 24, 24, 3)
+    assert (images[:, [0, -1]] == 255).all()
+    assert (images[:, 1:-1] < 255).all(), "nothing of the red frame is left"
+
+
 def test_a_classifier_of_shuffled_classes_is_judged_by_wnid(family: Path) -> None:
     """The order of a model's classes is its own; sets are matched by name."""
     reversed_folders = tuple(reversed(wnids()))

@@ -21,7 +21,7 @@ from cammask_fast.data.loaders.dali_loader import DaliLoader
 from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.pack import pack
-from cammask_fast.data.sampler import ResumableDistributedSampler
+from cammask_fast.data.sampler import ResumableDistributedSampler, epoch_order
 from cammask_fast.data.transforms import Augment, Transform, decode
 from cammask_fast.data.types import ArrayLoader, Batch, ImageSource
 from tests.test_folder import make_folder, write_image
@@ -81,6 +81,7 @@ def test_every_sample_comes_exactly_once_over_all_ranks(count: int, world_size: 
     batches = [order.begin() for order in ranks]
     assert [len(of_rank) for of_rank in batches] == [len(order) for order in ranks]
     assert sorted(torch.cat([*itertools.chain(*batches)]).tolist()) == list(range(count))
+    assert all(len(batch) for batch in itertools.chain(*batches)), "a rank without a sample has one batch less"
     if count >= 2 * world_size:
         training = [
             ResumableDistributedSampler(count, batch_size=2, shuffle=True, seed=1, rank=rank, world_size=world_size)
@@ -91,6 +92,12 @@ def test_every_sample_comes_exactly_once_over_all_ranks(count: int, world_size: 
         alone = ResumableDistributedSampler(count, batch_size=2 * world_size, shuffle=True, seed=1).begin()
         together = [torch.cat(parts) for parts in zip(*(order.begin() for order in training), strict=True)]
         assert all(torch.equal(x, y) for x, y in zip(alone, together, strict=True)), "a global batch is the same on any ranks"
+
+
+def test_every_seed_and_epoch_has_an_order_of_its_own() -> None:
+    """Also where seed + epoch is the same: a run with the next seed is no shifted copy of this one."""
+    orders = {tuple(epoch_order(40, seed=seed, epoch=epoch).tolist()) for seed in range(6) for epoch in range(6)}
+    assert len(orders) == 36
 
 
 def test_the_order_refuses_a_place_in_other_data() -> None:
@@ -132,6 +139,7 @@ AUGMENTED = Augment.parse(["random-crop=0.3", "flip", "color-jitter=0.4", "rand-
 
 
 @LOADERS
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["folder", "shards"])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("augment", [Augment(), AUGMENTED], ids=["plain", "augmented"])

@@ -67,6 +67,11 @@ def test_top_k_counts_patches_or_takes_a_share_rounded_down(name: str, patches: 
     assert parse_strategy(name).k(patches) == k
 
 
+@pytest.mark.parametrize(("share", "patches", "kept"), [(0.6, 9, 3), (0.75, 49, 12), (0.5, 49, 24), (0.0, 9, 9), (1.0, 9, 0)])
+def test_a_random_no_fill_keeps_a_share_rounded_down(share: float, patches: int, kept: int) -> None:
+    assert parse_strategy(f"RandMaskNoFill({share})").keep_count(patches) == kept
+
+
 @pytest.mark.parametrize(
     "name",
     [

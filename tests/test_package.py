@@ -21,6 +21,7 @@ from cammask_fast.model.zero_shot import load_tiny_clip, tiny_provenance
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_kernels_weights_and_recipes(tmp_path: Path) -> None:
     source = tmp_path / "source"
     unwanted = shutil.ignore_patterns(".*", "build", "*.egg-info", "demo*", "runs", "__pycache__")
@@ -49,6 +50,7 @@ def test_the_wheel_holds_kernels_weights_and_recipes(tmp_path: Path) -> None:
     assert not any(name.startswith(("kernels/", "tests/")) for name in names)
 
 
+@pytest.mark.slow
 def test_the_shipped_weights_are_small_and_keep_their_recorded_accuracy() -> None:
     weights = ROOT / "cammask_fast/assets/tiny_clip.safetensors"
     assert weights.stat().st_size <= 8e6
@@ -78,6 +80,7 @@ def test_the_shipped_weights_load_into_open_clip() -> None:
         assert torch.allclose(theirs.encode_text(tokens), shipped.encode_text(tokens), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_short_pretraining_learns_and_is_reproducible(tmp_path: Path) -> None:
     config = PretrainConfig(images=256, epochs=2, batch_size=32)
     lines: list[str] = []

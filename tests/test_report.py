@@ -155,6 +155,7 @@ def test_localisation_of_known_maps() -> None:
     assert found.area == pytest.approx(25.0)
 
 
+@pytest.mark.slow
 def test_the_scaling_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     from bench import scaling
 
@@ -171,6 +172,7 @@ def test_the_scaling_page_shows_what_the_command_prints(capsys: pytest.CaptureFi
     assert scaling.seconds(work, 64, 64)[1] == pytest.approx(whole + 2 * 7 / 8 * 0.5e8 / (50e9 * 0.8))
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_checkpoint_is_measured(tmp_path: Path) -> None:
     from bench import checkpoints
 

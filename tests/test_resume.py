@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -42,11 +43,14 @@ def writing(out: Path) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_five_times_and_the_same(photos: Path, tmp_path: Path, ranks: int, loader: str) -> None:
+def test_killed_five_times_and_the_same(photos: Path, runs: Runs, tmp_path: Path, ranks: int, loader: str) -> None:
     """kill -9 of a random rank at random steps, and twice while a checkpoint is being written."""
     whole, out, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log.txt"
-    done = run(train(photos, whole, "--loader", loader), ranks=ranks)
-    assert done.returncode == 0, done.stderr
+    if ranks == 1:
+        whole = runs.whole(loader)
+    else:
+        done = run(train(photos, whole, "--loader", loader), ranks=ranks)
+        assert done.returncode == 0, done.stderr
     assert last_step(whole) == STEPS
     generator = random.Random(f"{ranks}{loader}")
     targets = sorted(generator.sample(range(1, STEPS - 4), 5))
@@ -75,6 +79,7 @@ def test_killed_five_times_and_the_same(photos: Path, tmp_path: Path, ranks: int
     assert_same_run(out, whole)
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_middle_saves_and_goes_on(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +126,33 @@ def interrupted(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *optio
         assert main([str(word) for word in train(photos, out, *options)]) == 75
 
 
+class Runs:
+    """The same runs for all tests of a process: of each loader one that was not disturbed, and one stopped at step 18."""
+
+    def __init__(self, photos: Path, folder: Path):
+        self.photos, self.folder = photos, folder
+
+    def whole(self, loader: str = "auto") -> Path:
+        """To be read only."""
+        out = self.folder / f"whole-{loader}"
+        if not out.exists():
+            assert main([str(word) for word in train(self.photos, out, "--loader", loader)]) == 0
+        return out
+
+    def stopped(self, out: Path, loader: str = "auto") -> None:
+        """A copy of its own for each test."""
+        begun = self.folder / f"stopped-{loader}"
+        if not begun.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                interrupted(self.photos, begun, patch, "--loader", loader)
+        shutil.copytree(begun, out)
+
+
+@pytest.fixture(scope="module")
+def runs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(photos, tmp_path_factory.mktemp("runs"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -134,11 +166,10 @@ def interrupted(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *optio
     ],
 )
 def test_other_settings_are_refused(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    options: list[str], message: str,
-) -> None:  # fmt: skip
+    photos: Path, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
     pytest.importorskip("nvidia.dali")
-    interrupted(photos, tmp_path / "run", monkeypatch)
+    runs.stopped(tmp_path / "run")
     before = sorted((tmp_path / "run").rglob("*"))
     assert main([str(word) for word in train(photos, tmp_path / "run", *options)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -147,12 +178,12 @@ def test_other_settings_are_refused(
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_the_old_run_once(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    photos: Path, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun repeats the whole command after a fault: what an earlier attempt has saved must outlive `--overwrite`."""
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert main([str(word) for word in train(photos, whole)]) == 0
+    whole, out = runs.whole(), tmp_path / "run"
     assert main([str(word) for word in train(photos, out, "--lr", "1e-5", "--epochs", 1)]) == 0
     monkeypatch.setattr(run_dir, "launched", lambda: True)  # from here on this process is one that torchrun has started
     interrupted(photos, out, monkeypatch, "--overwrite")
@@ -173,10 +204,10 @@ def test_overwrite_replaces_the_old_run_once(
     assert last_step(out) == STEPS // 7
 
 
-def test_harmless_settings_may_change(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert main([str(word) for word in train(photos, whole)]) == 0
-    interrupted(photos, out, monkeypatch)
+@pytest.mark.slow
+def test_harmless_settings_may_change(photos: Path, runs: Runs, tmp_path: Path) -> None:
+    whole, out = runs.whole(), tmp_path / "run"
+    runs.stopped(out)
     moved = tmp_path / "moved"
     moved.symlink_to(photos)
     options = ["--workers", "2", "--save-every", "100", "--keep", "5", "--max-skipped", "3", "--timeout", "99", "--data", moved]
@@ -184,13 +215,13 @@ def test_harmless_settings_may_change(photos: Path, tmp_path: Path, monkeypatch:
     assert_same_run(out, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flip", "flip-state", "missing", "pickle"])
 def test_a_damaged_checkpoint_is_passed_over(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, damage: str
+    photos: Path, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert main([str(word) for word in train(photos, whole, "--loader", "torch")]) == 0
-    interrupted(photos, out, monkeypatch, "--loader", "torch")
+    whole, out = runs.whole("torch"), tmp_path / "run"
+    runs.stopped(out, "torch")
     paths = sorted((out / "checkpoints").iterdir())
     assert [path.name for path in paths[-2:]] == ["step-00000016", "step-00000018"]
     damaged(paths[-1], damage, tmp_path)
@@ -247,6 +278,7 @@ def test_no_pickle_is_ever_loaded(tmp_path: Path, photos: Path, capsys: pytest.C
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_the_newest_and_the_best_checkpoint_stay(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main([str(word) for word in train(photos, out, "--keep", "2", "--save-every", "4")]) == 0

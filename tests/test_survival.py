@@ -70,6 +70,7 @@ def test_a_full_disk_does_not_end_the_run(
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000003", "step-00000012"]
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_in_a_real_process(photos: Path, tmp_path: Path) -> None:
     """The limit lets neither a checkpoint nor the final weights be written; what was saved before is still there, and without
     the limit the same command ends the run."""
@@ -151,6 +152,7 @@ def test_saving_copies_and_waits_for_the_one_before(tmp_path: Path) -> None:
 # Losses that are not finite
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(compiled: bool) -> None:
     from tests.test_step import SHORT, classifier, dataset
@@ -231,6 +233,7 @@ def test_out_of_memory_is_one_line(
 # Locks
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, log = tmp_path / "run", tmp_path / "log.txt"
     first = start(train(photos, out, "--epochs", 500), log=log)

@@ -4,10 +4,12 @@ process (memory, threads, compiled code) is not there for the next."""
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,17 +44,31 @@ class Lane:
 
 
 @contextmanager
-def lanes(functions: Mapping[str, tuple[Build, Sequence[Any]]]) -> Iterator[dict[str, Lane]]:
-    """A process per name, which calls build(*arguments) and then its result whenever the lane is called. Builds and arguments
-    can be pickled. The processes end with the context. Raises ValueError where a first call fails."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.step.race"])
-    processes, opened = [], {}
+def lanes(
+    functions: Mapping[str, tuple[Build, Sequence[Any]]], *, packages: Mapping[str, Path] | None = None
+) -> Iterator[dict[str, Lane]]:
+    """A process per name, which calls build(*arguments) and then its result whenever the lane is called. The processes end with
+    the context.
+
+    Args:
+        functions: builds and their arguments, which can be pickled.
+        packages: folders in which the processes of these names look for modules first.
+
+    Raises:
+        ValueError: a first call fails.
+    """
+    forked, spawned = multiprocessing.get_context("forkserver"), multiprocessing.get_context("spawn")
+    forked.set_forkserver_preload(["bench.step.race"])
+    processes: list[Any] = []
+    opened = {}
     try:
         for name in functions:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
+            ours, theirs = forked.Pipe()
+            package = (packages or {}).get(name)
+            # one that was forked has this tree's modules already
+            process = (forked if package is None else spawned).Process(target=_serve, args=(theirs,), daemon=True)
+            with _looked_for_first(package):
+                process.start()
             theirs.close()
             processes.append(process)
             opened[name] = Lane(name, ours)
@@ -63,6 +79,18 @@ def lanes(functions: Mapping[str, tuple[Build, Sequence[Any]]]) -> Iterator[dict
         for process in processes:
             process.kill()
             process.join()
+
+
+@contextmanager
+def _looked_for_first(package: Path | None) -> Iterator[None]:
+    """A process that is spawned begins with the module path of this one."""
+    before = sys.path.copy()
+    if package is not None:
+        sys.path.insert(0, str(package))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _serve(connection: Connection) -> None:

@@ -10,6 +10,7 @@ compared in float32 before anything is timed.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.optim import build_optimizer
 from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
+from cammask_fast.profiling import profile_steps
 from cammask_fast.state import TrainState
 from cammask_fast.step import Losses, build_step, build_strategy, build_train_step, sample_step_randomness
 from cammask_fast.viz.tables import markdown_table
@@ -329,6 +331,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-to-accuracy", type=int, metavar="SEEDS", help="instead: training time on the embedded benchmark"
     )
     parser.add_argument("--cam-options", type=int, metavar="SEEDS", help="instead: cost and gain of the CAM's options there")
+    text = "instead: a trace of a few steps of each provider, DIR/PROVIDER/trace.json and operators.txt"
+    parser.add_argument("--profile", type=Path, metavar="DIR", help=text)
     parser.add_argument("--json", action="store_true", help="one JSON line per record")
     parser.add_argument("--out", type=Path, help="write the records to this file too")
 
@@ -352,6 +356,11 @@ def main(options: argparse.Namespace) -> int:
     if config.precision == "auto" and options.device == "cuda" and not ABLATIONS.keys().isdisjoint(providers):
         config = replace(config, precision="tf32")  # the ablated steps keep the type of the weights
     race = Race(arch=options.arch, config=config, batch=options.batch, device=options.device)
+    if options.profile is not None:
+        for provider in providers:
+            print(f"{provider}, {race.arch}, batch {race.batch}", file=sys.stderr)
+            profile_steps(_provider(race, provider), options.profile / provider, race.device)
+        return 0
     records = list(run_race(race, providers, repeats=options.repeats))
     show(records, table(records), as_json=options.json, out=options.out)
     return 0

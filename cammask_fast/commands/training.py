@@ -23,6 +23,7 @@ from cammask_fast.distributed import World, all_gather_object, check_same_on_all
 from cammask_fast.evaluate import accuracy
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import vit_config
+from cammask_fast.profiling import StepProfiler
 from cammask_fast.progress import TrainingProgress
 from cammask_fast.runtime.files import write_text
 from cammask_fast.runtime.run_dir import CHECKPOINTS, RunLock, RunLog, clear, record_launch, torchrun_id, was_launched_by
@@ -155,12 +156,15 @@ def train_with_progress(
 
         run = Run(world=dist_info, save_every=args["save_every"], settings=settings, stop=lambda: stop.requested)
         run.debug = out / "debug"
+        profiler = StepProfiler(args["profile"], device_of(args)) if args["profile"] and dist_info.is_main_process else None
         if dist_info.is_main_process:
             run.checkpoints = Checkpoints(out / CHECKPOINTS, settings, keep=args["keep"], warn=warn)
             run.log, run.resumed = log.write, resumed
+            run.after_step = profiler or run.after_step
         started = time.perf_counter()
         try:
-            tuned = fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every, run=run)
+            with profiler or nullcontext():
+                tuned = fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every, run=run)
         except torch.OutOfMemoryError as error:
             raise ValueError(out_of_memory(config, dist_info, error)) from None
         finally:

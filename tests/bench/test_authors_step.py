@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from bench.step.authors import build_authors_step, relevance
+from bench.step import race
+from bench.step.authors import build_authors_step, forward, relevance
 from bench.step.work import count_flops, forward_unit
 from cammask_fast.cam import mm_cam
 from cammask_fast.config import TrainConfig
@@ -43,6 +50,60 @@ def test_same_relevance() -> None:
     taps = Taps()
     ours = mm_cam(student(normalise(data.images, dtype=torch.float64), taps=taps).logits, data.labels, taps)
     assert torch.allclose(relevance(student, pixels, data.labels), normalise_relevance(ours), rtol=0, atol=1e-13)
+
+
+class Dispatched(TorchDispatchMode):
+    """Every operator that runs, forward and backward, and the types of what goes in and comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operators.append(str(func))
+        self.dtypes |= {leaf.dtype for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)}
+        return out
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_baseline_has_no_loop_over_images_and_no_float64(name: str) -> None:
+    """It would be slower without more counted work: in float32 all is float32, and eight images take the operators of two."""
+    seen = []
+    for count in (2, 8):
+        student, teacher = (model.float() for model in pair())
+        data = batch(count)
+        draws = draws_for(CONFIGS[name], data)
+        with Dispatched() as dispatched:
+            build_authors_step(student, teacher, CONFIGS[name])(data, draws)
+        assert torch.float64 not in dispatched.dtypes
+        seen.append(Counter(dispatched.operators))
+    assert seen[0] == seen[1]
+    assert seen[0].total() > 100
+
+
+def test_the_baselines_cam_forward_is_its_plain_forward() -> None:
+    """Keeping the probabilities takes no operator more."""
+    student, pixels, kept = pair()[0].float(), torch.rand(2, 3, 12, 12), list[torch.Tensor]()
+    with Dispatched() as plain:
+        forward(student, pixels)
+    with Dispatched() as with_cam:
+        forward(student, pixels, attention=kept)
+    assert len(kept) == 3
+    assert with_cam.operators == plain.operators
+
+
+@pytest.mark.parametrize(
+    ("arch", "method", "megabytes"),
+    [("tiny", "masked-object", 21.81), ("tiny", "ft", 11.22), ("ViT-B/16", "masked-object", 2770.8)],
+)
+def test_the_baselines_activations_are_pinned(arch: str, method: str, megabytes: float) -> None:
+    """Of a batch of 8: probabilities kept twice, or in float64, would make its memory, and with it our gain, larger."""
+    one = race.Race(arch=arch, config=TrainConfig(method=method), batch=8)
+    assert race.counted(one, "authors")["activation_mb"] == pytest.approx(megabytes, rel=0.02)
 
 
 def fake_pair(vit: ViTConfig, *, classes: int = 1000) -> tuple[Classifier, Classifier]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bench.step import cam_options, race, time_to_accuracy
 from bench.step.ablations import ABLATIONS
@@ -18,6 +20,8 @@ from bench.step.time_to_accuracy import measure, seconds_until
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.types import Batch
 from cammask_fast.masking import MaskRandomness
+from cammask_fast.model.classifier import Classifier
+from cammask_fast.state import TrainState
 from cammask_fast.step import Losses
 
 
@@ -41,6 +45,7 @@ def test_live_storages_counts_what_operators_allocate_and_free() -> None:
     assert kept.numel() == 1000
 
 
+@pytest.mark.slow
 def test_records_of_a_tiny_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = arguments("--arch", "tiny", "--batch", "2", "--repeats", "5", "--json", "--out", str(tmp_path / "step.jsonl"),
                         "--providers", *race.EAGER)  # fmt: skip
@@ -72,20 +77,79 @@ def test_records_of_a_tiny_race(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert race.table(records).count("\n") == 2 + len(steps) + 1
 
 
-def test_providers_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("loss", "gradient", "message"),
+    [
+        (1.01, 1.0, r"authors's loss by 1\.0e-02"),
+        (1.001, 1.0, r"authors's loss by 1\.0e-03"),
+        (1.0, 1.01, r"its gradient of visual\.\S+ by [1-9]\.\de-03 of the global norm"),
+        (1.0, 0.99, r"its gradient of visual\.\S+ by [1-9]\.\de-03"),
+    ],
+)
+def test_providers_that_disagree_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch, loss: float, gradient: float, message: str
+) -> None:
+    """Neither in their losses nor, at equal losses, in their gradients."""
     build = build_authors_step
 
-    def wrong(*arguments: object) -> Step:
-        step = build(*arguments)  # type: ignore[arg-type]
+    def wrong(student: Classifier, *arguments: object) -> Step:
+        step = build(student, *arguments)  # type: ignore[arg-type]
 
         def scaled(batch: Batch, draws: MaskRandomness | None) -> Losses:
-            return Losses(*(1.01 * part for part in step(batch, draws)))
+            losses = step(batch, draws)
+            for parameter in student.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(gradient)
+            return Losses(*(loss * part for part in losses))
 
         return scaled
 
+    one = race.Race(arch="tiny", config=TrainConfig(method="ft-fd"), batch=2)
+    race.compare(one, ("ours-eager", "authors"))
     monkeypatch.setattr(race, "build_authors_step", wrong)
-    with pytest.raises(ValueError, match=r"the providers disagree: authors's loss by 1\.0e-02"):
-        race.compare(race.Race(arch="tiny", config=TrainConfig(method="ft-fd"), batch=2), ("ours-eager", "authors"))
+    with pytest.raises(ValueError, match=f"the providers disagree: .*{message}"):
+        race.compare(one, ("ours-eager", "authors"))
+
+
+@pytest.mark.parametrize("provider", race.EAGER)
+def test_a_timed_call_is_one_optimiser_step(monkeypatch: pytest.MonkeyPatch, provider: str) -> None:
+    """One draw, one gradient and one update, on either side."""
+    calls: list[str] = []
+
+    def counting(name: str) -> None:
+        function = getattr(race, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(race, name, counted)
+
+    def watched(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        calls.append("update")
+
+    counting("sample_step_randomness")
+    counting("clip_grad_norm_")
+    build = build_authors_step
+
+    def built(*arguments: Any) -> Step:
+        step = build(*arguments)
+        return lambda batch, draws: calls.append("gradient") or step(batch, draws)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(race, "build_authors_step", built)
+    monkeypatch.setattr(TrainState, "update", lambda *_: calls.append("noted"))
+    run = race.optimiser_step(race.Race(arch="tiny", config=TrainConfig(method="masked-object"), batch=2), provider)
+    hook = register_optimizer_step_post_hook(watched)
+    try:
+        for _ in range(2):
+            run()
+    finally:
+        hook.remove()
+    ours, theirs = (
+        ["sample_step_randomness", "update", "noted"],
+        ["sample_step_randomness", "gradient", "clip_grad_norm_", "update"],
+    )
+    assert calls == 2 * (ours if provider.startswith("ours") else theirs)
 
 
 @pytest.mark.parametrize(("batch", "repeats"), [(1, 7), (2, 4)])
@@ -103,6 +167,7 @@ def test_ablations_in_another_type_than_the_weights_are_refused() -> None:
     assert one.precision_of("authors") == "fp32"
 
 
+@pytest.mark.slow
 def test_bf16_runs_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     one, seen = race.Race(arch="tiny", config=TrainConfig(method="masked-object"), batch=2), []
     providers = ("authors", "authors-bf16", "ours-eager", "ours-eager-bf16")

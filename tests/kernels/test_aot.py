@@ -46,6 +46,7 @@ def over_budget(record: dict[str, Any], known: dict[str, Any]) -> list[str]:
     return [f"{name} {record[name]} > {limit}" for name, limit in most.items() if record[name] > limit]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_spills_matrix_units_wide_accesses_and_budget(table: dict[str, dict[str, Any]], name: str) -> None:
     record = table[name]
@@ -53,6 +54,7 @@ def test_no_spills_matrix_units_wide_accesses_and_budget(table: dict[str, dict[s
     assert over_budget(record, recorded()[name.rpartition(" ")[0], record["arch"]]) == []
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_of_these_cases(table: dict[str, dict[str, Any]]) -> None:
     committed = recorded()
     assert {f"{name} {arch}" for name, arch in committed} == set(table)
@@ -118,6 +120,7 @@ def test_a_kernel_over_its_budget_is_caught() -> None:
     assert over_budget(known | {"registers": 256}, other) == ["registers 256 > 255"]
 
 
+@pytest.mark.slow
 def test_the_table_prints(table: dict[str, dict[str, Any]]) -> None:
     text = markdown([table[NAMES[0]]])
     assert text.count("\n") == 2

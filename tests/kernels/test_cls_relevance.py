@@ -268,6 +268,25 @@ def test_kernel_on_tiny_and_confident_and_huge_scores(triton_backend: torch.devi
 
 @pytest.mark.triton
 @pytest.mark.parametrize("last", [False, True])
+def test_no_probability_is_above_one_where_lse_is_rounded_down(triton_backend: torch.device, last: bool) -> None:
+    """At scores of 1e6 the next lower float32 is up to 6 % away in exp. One query of each image counts, so that nothing is
+    added to its r P relu(dP) <= r relu(dP)."""
+    _, q, k, v, grad_out = layer(16, 1, 50, 32, dtype=torch.float32, last=last, scale=1e6)
+    lse = torch.nextafter(statistics(q, k), torch.tensor(-math.inf))
+    assert 1e5 < lse.max() < 1e8
+    relevance = torch.zeros(16, 50)
+    relevance[range(16), [0 if last else 3 * image for image in range(16)]] = 1.0
+    out = kernel_cls_relevance(
+        *(x.to(triton_backend) for x in (relevance, q, k, v, grad_out)), lse=lse.to(triton_backend)
+    ).cpu()
+    gradients = torch.relu(grad_out.double() @ v.double().mT)[:, 0]
+    most = relevance + (relevance[:, None, : q.shape[2]].double() @ gradients)[:, 0]
+    assert (out <= most * (1 + 1e-5)).all()
+    assert ((out > relevance) & out.double().isclose(most)).any(), "some keys take all of a query's attention"
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("last", [False, True])
 def test_kernel_on_zero_relevance_zero_gradients_and_the_top_row(triton_backend: torch.device, last: bool) -> None:
     relevance, q, k, v, grad_out = (x.to(triton_backend) for x in layer(2, 2, 50, 32, dtype=torch.float32, last=last))
     nothing = torch.zeros_like(relevance)

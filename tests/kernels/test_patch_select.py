@@ -188,7 +188,8 @@ def assert_kernel_equals_reference(relevance: Tensor, device: torch.device, choi
 
 def extreme_maps(patches: int) -> dict[str, Tensor]:
     values = torch.rand(2, patches, generator=torch.Generator().manual_seed(patches))
-    spike, broken = torch.zeros(2, patches), values.clone()
+    spike, broken, signed = torch.zeros(2, patches), values.clone(), torch.zeros(2, patches)
+    signed[:, ::2] = -0.0
     spike[1, -1] = 3.0
     broken[0, patches // 2] = math.nan
     infinite = values.clone()
@@ -198,6 +199,7 @@ def extreme_maps(patches: int) -> dict[str, Tensor]:
         "ties": (values * 4).round() / 4,
         "zero": torch.zeros(2, patches),
         "negative zero": -torch.zeros(2, patches),
+        "signed zeros": signed,
         "constant": torch.full((2, patches), 0.25),
         "spike": spike,
         "negative": values - 0.5,
