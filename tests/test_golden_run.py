@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cammask_fast.cli import main
-from tests.golden_run import RECORDED, STEPS, STOPPED_AT, command, make_inputs
+from tests.helpers.golden_run import RECORDED, STEPS, STOPPED_AT, command, make_inputs
 from tests.helpers.processes import logged
 
 WHOLE = RECORDED / "whole"

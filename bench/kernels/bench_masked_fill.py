@@ -1,4 +1,4 @@
-"""normalise and counterfactual_batch: Triton against PyTorch (eager, compiled) on a GPU; reference against op-by-op on a CPU.
+"""normalise, masked_fill and counterfactual_batch: Triton against PyTorch (eager, compiled) on a GPU; reference against op-by-op on a CPU.
 
 Run: python -m pytest bench/kernels/bench_masked_fill.py --benchmark-only. Outputs are compared before anything is timed.
 """
@@ -16,8 +16,10 @@ from torch import Tensor
 from bench.kernels.op_by_op import counterfactual_op_by_op
 from cammask_fast.kernels.backend import set_backend
 from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
+from cammask_fast.kernels.masked_fill import masked_fill
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.kernels.reference.counterfactual_batch import counterfactual_batch as counterfactual_reference
+from cammask_fast.kernels.reference.masked_fill import normalised_fill
 from cammask_fast.kernels.reference.normalise import normalise as normalise_reference
 
 SIDE = 224
@@ -105,6 +107,26 @@ def test_normalise(benchmark: Any, arch: str, count: int, provider: str) -> None
     }
     check(functions["triton"](), functions["reference"](), normalise_reference(images, dtype=torch.float64, **options))
     measure(benchmark, functions[provider], moved_bytes(count, 0, dtype))
+    set_backend(previous)
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("provider", ["triton", "reference", "compiled"])
+@pytest.mark.parametrize("count", [512, 64])
+@pytest.mark.parametrize("arch", PATCH_SIZES)
+def test_masked_fill(benchmark: Any, arch: str, count: int, provider: str) -> None:
+    patches, options = (SIDE // PATCH_SIZES[arch]) ** 2, {"dtype": torch.bfloat16, "layout": "patches"}
+    images, relevance, donors = inputs(count, patches, "cuda")
+    mask = relevance > THRESHOLD
+    previous = set_backend("triton")
+    functions: dict[str, Callable[[], Tensor]] = {
+        "triton": lambda: masked_fill(images, mask, donors, **options),  # type: ignore[arg-type]
+        "reference": lambda: normalised_fill(images, mask, donors, **options),  # type: ignore[arg-type]
+        "compiled": torch.compile(lambda: normalised_fill(images, mask, donors, **options)),  # type: ignore[arg-type]
+    }
+    gold = normalised_fill(images, mask, donors, dtype=torch.float64, layout="patches")
+    check(functions["triton"](), functions["reference"](), gold)
+    measure(benchmark, functions[provider], moved_bytes(count, patches, torch.bfloat16))
     set_backend(previous)
 
 

@@ -1,4 +1,4 @@
-"""The inputs of the recorded run in `tests/golden/run-720206c`, and how it was written: `python -m tests.golden_run FOLDER`.
+"""The inputs of the recorded run in `tests/golden/run-720206c`, and how it was written: `python -m tests.helpers.golden_run FOLDER`.
 
 Images and pre-trained weights are integers from Python's generator, the same on every machine, so that the recorded folder
 holds only what the run wrote.
@@ -25,7 +25,7 @@ from cammask_fast.cli import main
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from tests.test_resume import stopping
 
-RECORDED = Path(__file__).parent / "golden" / "run-720206c"
+RECORDED = Path(__file__).parent.parent / "golden" / "run-720206c"
 MODEL = RECORDED / "golden-vit.json"
 STOPPED_AT, STEPS = 9, 20
 """The stop lies inside an epoch of four steps, and after the epoch with the best validation accuracy."""
