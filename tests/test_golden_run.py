@@ -32,7 +32,7 @@ def test_an_old_run_folder_goes_on(folder: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr("cammask_fast.commands.training.__version__", "0.1.0")  # another version refuses to go on
     assert main(command("stopped")) == 0
     said = capsys.readouterr().err
-    assert re.search(rf"going on from step {STOPPED_AT} of {STEPS}, .*step-0*{STOPPED_AT}$", said, re.MULTILINE)
+    assert re.search(rf"resuming from step {STOPPED_AT} of {STEPS}, .*step-0*{STOPPED_AT}$", said, re.MULTILINE)
     assert "warning" not in said
     recorded, found = logged(WHOLE), logged(folder / "stopped")
     assert [line["step"] for line in recorded] == list(range(1, STEPS + 1))

@@ -1,4 +1,4 @@
-"""normalise, masked_fill and counterfactual_batch: Triton against PyTorch (eager, compiled) on a GPU; reference against op-by-op on a CPU.
+"""normalise, masked_fill and counterfactual_batch: Triton against PyTorch on a GPU; reference against op-by-op on a CPU.
 
 Run: python -m pytest bench/kernels/bench_masked_fill.py --benchmark-only. Outputs are compared before anything is timed.
 """

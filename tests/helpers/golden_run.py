@@ -1,4 +1,4 @@
-"""The inputs of the recorded run in `tests/golden/run-720206c`, and how it was written: `python -m tests.helpers.golden_run FOLDER`.
+"""The inputs of the recorded run in `tests/golden/run-720206c`: `python -m tests.helpers.golden_run FOLDER` writes it.
 
 Images and pre-trained weights are integers from Python's generator, the same on every machine, so that the recorded folder
 holds only what the run wrote.
