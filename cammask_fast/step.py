@@ -188,8 +188,9 @@ def _compiled_train_step(
             kwargs = {"options": {**torch._inductor.list_mode_options(mode), "reorder_for_compute_comm_overlap": True}}
         return torch.compile(function, fullgraph=True, backend=backend, **kwargs)
 
-    for tensor in (optimizer.flat, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step, optimizer.position, state.tally):
-        torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place
+    moments = (optimizer.exp_avg, optimizer.exp_avg_sq)
+    for tensor in (optimizer.flat, *moments, optimizer.step, optimizer.position, optimizer.schedule, state.tally):
+        torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place and copies none of them
     one_graph, part, end = graph(whole), graph(flat), graph(update)
 
     @torch.no_grad()
