@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import report, scaling
+from bench.gpu import tables
 from bench.records import ROOT, read
 from cammask_fast.demo.report import accuracy_section, summary
 
@@ -27,9 +28,9 @@ class Section(NamedTuple):
     text: Callable[[Path], str]
 
 
-def records_of(results: Path) -> list[dict[str, Any]]:
+def records_of(results: Path) -> Sequence[Mapping[str, Any]]:
     """All lines of `results`/*.jsonl, file by file in the order of their names."""
-    return [record for path in sorted(results.glob("*.jsonl")) for record in read(path)]
+    return tables.with_failures([record for path in sorted(results.glob("*.jsonl")) for record in read(path)])
 
 
 def demo_of(results: Path, name: str) -> dict[str, Any]:

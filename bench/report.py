@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.data import loaders
+from bench.gpu import tables
 from bench.kernels.cpu import markdown
 from bench.step import cam_options, time_to_accuracy
 from cammask_fast.viz.tables import markdown_table
@@ -16,6 +17,7 @@ NO_DATA_ON_GPU = "Loading is not yet measured on a GPU; here is what a CPU shows
 NO_STEP_ON_GPU = "The step is not yet measured on a GPU; here are its counted work and memory and what a CPU shows."
 GOALS = {("ViT-B/16", "masked-object"): 1.4, ("ViT-B/32", "masked-object"): 1.35, ("ViT-B/16", "masked-topk"): 1.8}
 """How much faster than the authors' algorithm the float32 step was meant to be on a CPU, set before it was measured."""
+NAMES_OF_LOADERS = {"dali": "DALI", "torch": "PyTorch"}
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -39,7 +41,7 @@ def gpu_section(records: Records) -> str:
             copy, product = rates[-1]["copy_gigabytes_per_second"], rates[-1]["bf16_matmul_teraflops"]
             where += f"; its own copy rate {copy:.0f} GB/s and bf16 product {product:.0f} TFLOP/s in the same run"
         sections.append(f"{where}.\n\n{markdown_table(header, rows)}")
-    return "\n\n".join(sections) or NO_GPU
+    return "\n\n".join([*sections, *tables.sections(records)]) or NO_GPU
 
 
 def gpu_status(records: Records) -> str:
@@ -198,18 +200,21 @@ def data_section(records: Records) -> str:
     on_gpu, on_cpu = [r for r in measured if "gpu" in r], [r for r in measured if "cpu" in r]
     sections = [] if on_gpu else [NO_DATA_ON_GPU]
     for gpu in dict.fromkeys(r["gpu"] for r in on_gpu):
-        latest = list({(r["mode"], r["arch"], r["hardware_share"]): r for r in on_gpu if r["gpu"] == gpu}.values())
+        of_gpu = [r for r in on_gpu if r["gpu"] == gpu]
+        latest = list({(r["mode"], r["arch"], r["provider"], r["hardware_share"]): r for r in of_gpu}.values())
         rows = [
             [
-                " ".join([r["mode"], r["arch"]]).strip(), str(r["batch"]), f"{r['hardware_share']:.0%}",
+                " ".join([r["mode"], r["arch"]]).strip(), NAMES_OF_LOADERS[r["provider"]], str(r["batch"]),
+                f"{r['hardware_share']:.0%}" if r["provider"] == "dali" else "-",
                 "failed" if "error" in r else f"{r['images_per_s']:.0f}",
                 f"{r['step_alone_images_per_s']:.0f}" if "step_alone_images_per_s" in r else "-",
                 f"{r['waited_for_data']:.0%}" if "waited_for_data" in r else "-",
             ]
             for r in latest
         ]  # fmt: skip
-        header = ["what", "batch", "on the hardware decoder", "images/s", "step alone, images/s", "waiting for data"]
-        where = f"{gpu}, torch {latest[-1]['torch']}, commit {latest[-1]['commit']}"
+        header = ["what", "loader", "batch", "on the hardware decoder", "images/s", "step alone, images/s", "waiting for data"]
+        sizes = [f"{r['files']} {r['images']} of {r['mean_kb']:.0f} KB" for r in latest if "mean_kb" in r]
+        where = f"{', '.join([*sizes[-1:], gpu])}, torch {latest[-1]['torch']}, commit {latest[-1]['commit']}"
         sections.append(f"{where}:\n\n{markdown_table(header, rows)}")
     for images in dict.fromkeys(r["images"] for r in on_cpu):
         latest = list({(r["provider"], r["threads"]): r for r in on_cpu if r["images"] == images}.values())

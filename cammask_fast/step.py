@@ -213,9 +213,10 @@ def _compiled_train_step(
             kwargs = {"options": {**torch._inductor.list_mode_options(mode), **inductor_options()}}
         return torch.compile(function, fullgraph=True, backend=backend, **kwargs)
 
-    tensors = (optimizer.flat, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step, optimizer.position)
-    for tensor in (*tensors, state.tally, state.sums):
-        torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place
+    moments = (optimizer.exp_avg, optimizer.exp_avg_sq)
+    tensors = (optimizer.flat, *moments, optimizer.step, optimizer.position, optimizer.schedule, state.tally, state.sums)
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place and copies none of them
     distributed.watch_compiler()
     one_graph, part, end = graph(whole), graph(flat), graph(update)
 

@@ -407,3 +407,37 @@ def test_bf16_and_the_compiler_end_within_seed_noise_of_float32_eager() -> None:
     noise = max(stdev(seeds), 0.5)
     assert min(seeds) > accuracy(tiny_classifier(CLASS_NAMES), evaluation_splits()["id"]) + 1, "the runs must have learned"
     assert abs(ours - seeds[0]) < 3 * noise, (ours, seeds)
+
+
+@pytest.mark.parametrize("name", ["masked-object", "random-no-fill"])
+def test_a_cuda_graph_may_hold_the_step(name: str) -> None:
+    """What torch.compile's `reduce-overhead` asks of a graph: every tensor on one device, none made on another, and in place
+    only what always lies at one address. Everything that is not new in each step is marked so, else it would be copied."""
+    torch._dynamo.reset()
+    config, graphs = replace(CONFIGS[name], optim=OPTIM, epochs=1), list[GraphModule]()
+
+    def keep(graph: GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    student, teacher = (model.to("meta") for model in pair())  # the device that no constant is made on by mistake
+    student.requires_grad_(True)
+    trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    optimizer = FlatAdamW(trained, config.optim, total_steps=STEPS)
+    tally, sums = (torch.zeros(n, dtype=torch.float64, device="meta") for n in (4, 5))
+    state = TrainState(student, optimizer, None, torch.Generator(), tally, sums)
+    step, data = build_train_step(state, teacher, config, backend=keep), batch(8)
+    draws = sample_step_randomness(build_strategy(config), data, TINY.patches, state.generator)
+    assert draws is not None
+    donors, kept = (None if drawn is None else drawn.to("meta") for drawn in (draws.donors, draws.kept_tokens))
+    step([(data.to("meta"), MaskRandomness(donors=donors, kept_tokens=kept))])
+    (graph,) = graphs
+    fresh, values = {data.images.shape, data.labels.shape, *(d.shape for d in draws if isinstance(d, Tensor))}, []
+    for node in graph.graph.nodes:
+        value = node.meta.get("example_value")
+        values += [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, Tensor)]
+        if node.op == "placeholder":
+            is_static = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+            assert is_static != (value.shape in fresh and value.dtype in (torch.uint8, torch.int64)), node.name
+    assert values
+    assert {value.device.type for value in values} == {"meta"}

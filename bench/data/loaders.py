@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.transforms import v2
 
-from bench.data.photographs import generate
+from bench.data.photographs import generate, mean_kilobytes
 from bench.records import cpu_environment, show, spread
 from cammask_fast.data.datasets.image_folder import scan
 from cammask_fast.data.loaders.dali_loader import DaliLoader, dali_installed
@@ -58,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
         source = scan(root)
         what = "photographs" if options.images else "generated JPEGs"
         records = [
-            cpu_environment() | record | {"images": what}
+            cpu_environment() | record | {"images": what, "mean_kb": mean_kilobytes(root)}
             for workers in options.threads
             for record in race(root, source, workers=workers, repeats=options.repeats)
         ]

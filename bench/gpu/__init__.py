@@ -1,45 +1,63 @@
-"""What runs on a CUDA machine: tests, the whole step, microbenchmarks, loading. Records are flushed line by line."""
+"""What runs on a CUDA machine: a smoke test, the whole step, kernels, loader_config, tests. See docs/gpu.md."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
-import torch
+from bench.gpu.case import PARTS
 
-PARTS = ("tests", "step", "kernels", "data")
-"""In the order of their value to a first session on a GPU."""
-ARCHS = ("ViT-B/16", "ViT-B/32", "ViT-L/14")
+PROBE = """
+import json, torch
+from bench.records import gpu_environment
+print(json.dumps([torch.cuda.mem_get_info()[0], gpu_environment()]))
+"""
+PROBE_SECONDS = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records and logs")
-    parser.add_argument("--part", choices=PARTS, help="one part, of at most nine minutes (default: all, in this order)")
-    parser.add_argument("--arch", choices=ARCHS, nargs="+", default=list(ARCHS), help="models whose shapes are measured")
-    parser.add_argument("--first", type=int, default=0, metavar="CASE", help="part kernels: skip the cases before this one")
-    parser.add_argument("--seconds", type=float, default=480.0, help="all parts but tests: start no case after so many")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the records and the log; a second call goes on there"
+    )
+    parser.add_argument("--part", choices=PARTS, help="one part (default: all, in this order)")
+    parser.add_argument("--first", type=int, metavar="N", help="the N most valuable cases only")
+    parser.add_argument("--seconds", type=float, default=540.0, help="for everything (default: %(default)g)")
 
 
 def main(options: argparse.Namespace) -> int:
-    """0, or 1 after a failed test or case, or 2 without a GPU."""
-    if not torch.cuda.is_available():
+    """0, or 1 after a failed case, or 2 without a GPU. Raises ValueError on options that cannot work."""
+    import torch
+
+    if options.seconds <= 0 or (options.first is not None and options.first < 1):
+        raise ValueError("expected --seconds above 0 and --first of 1 or more")
+    if not torch.cuda.is_available():  # makes no context
         print("bench gpu: no CUDA device here, nothing was measured", file=sys.stderr)
         return 2
-    from bench.gpu import data, kernels, step, tests
+    from bench.gpu import runner
+    from bench.gpu.cases import PART_SECONDS, all_cases
 
+    cases = [case for case in all_cases() if options.part in (None, case.part)][: options.first]
     options.out.mkdir(parents=True, exist_ok=True)
-    codes = []
-    for part in [options.part] if options.part else PARTS:
-        started = time.monotonic()
-        if part == "tests":
-            codes.append(tests.run(options.out))
-        elif part == "step":
-            codes.append(step.run(options.out, archs=options.arch, seconds=options.seconds))
-        elif part == "data":
-            codes.append(data.run(options.out, archs=options.arch, seconds=options.seconds))
-        else:
-            codes.append(kernels.run(options.out, archs=options.arch, first=options.first, seconds=options.seconds))
-        print(f"part {part}: {'ok' if codes[-1] == 0 else 'failed'} after {time.monotonic() - started:.0f} s", flush=True)
-    return max(codes)
+    free, environment = probe()
+    return runner.run(
+        cases, options.out.resolve(), seconds=options.seconds, part_seconds=PART_SECONDS, free=free, environment=environment
+    )
+
+
+def probe() -> tuple[int, dict[str, Any]]:
+    """Free bytes on the card, and what it is: asked in a process of its own, so that this one holds nothing there. Raises
+    ValueError where the card does not answer."""
+    words, root = [sys.executable, "-c", PROBE], Path(__file__).parent.parent.parent
+    try:
+        done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"the CUDA device does not answer within {PROBE_SECONDS:.0f} s") from None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["no message"]
+        raise ValueError(f"the CUDA device does not answer: {lines[-1]}") from None
+    free, environment = json.loads(done.stdout.splitlines()[-1])
+    return free, environment

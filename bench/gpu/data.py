@@ -1,4 +1,4 @@
-"""Loading on a GPU: decode rate of DALI's hardware decoder at batch 512, and training from files against the step alone."""
+"""Loading on a GPU: decode rates, and training from files against the step alone. Each case makes one pipeline."""
 
 from __future__ import annotations
 
@@ -6,58 +6,59 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.data.photographs import generate
-from bench.records import append, gpu_environment
+from bench.data.photographs import generate_one, mean_kilobytes
+from bench.gpu import memory
+from bench.gpu.child import Skipped
+from bench.records import gpu_environment
 from bench.step.race import ARCHS, models, random_batch
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.datasets.image_folder import scan
-from cammask_fast.data.loaders.dali_loader import DaliLoader
-from cammask_fast.data.loaders.unreadable import UnreadableSamples
-from cammask_fast.data.sampler import ResumableDistributedSampler
+from cammask_fast.data.loaders.config import LoaderConfig
+from cammask_fast.data.loaders.dali_loader import HARDWARE_SHARE
 from cammask_fast.data.transforms import Transform
 from cammask_fast.data.types import Batch, ImageSource
 from cammask_fast.progress import DataWait
 from cammask_fast.state import TrainState
 from cammask_fast.step import build_strategy, build_train_step, sample_step_randomness
 
-FILES, BATCH, SIZE = 512, 512, 224
-SHARES = (0.75, 0.0, 0.5, 1.0)
-"""Of the hardware decoder; the default first."""
+DEVICE = "cuda"
+FILES, BATCH, SIZE, MOST_WORKERS = 512, 512, 224, 16
 WARMUP, BATCHES = 4, 20
 METHOD = "masked-object"
-Case = tuple[str, str, float]
-Measure = Callable[[Case, ImageSource, Path], dict[str, Any]]
 
 
-def cases(archs: Sequence[str]) -> Iterator[Case]:
-    """(what, arch, hardware share), the most valuable first."""
-    yield "decode", "", SHARES[0]
-    for arch in archs:
-        if arch != "ViT-L/14":  # slower than any loader
-            yield "train", arch, SHARES[0]
-    for share in SHARES[1:]:
-        yield "decode", "", share
+def images(count: int = FILES) -> Path:
+    """A folder of generated JPEGs, made once per machine."""
+    root = Path(tempfile.gettempdir()) / f"cammask-bench-{count}-jpegs"
+    if not root.exists():
+        with tempfile.TemporaryDirectory(dir=root.parent) as folder:
+            made = Path(folder) / "made"
+            with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+                list(pool.map(generate_one, itertools.repeat(made), range(count), chunksize=8))
+            made.rename(root)
+    return root
 
 
-def open_loader(source: ImageSource, folder: Path, share: float) -> DaliLoader:
-    workers = min(16, os.cpu_count() or 1)
-    return DaliLoader(
-        source, Transform(size=SIZE), ResumableDistributedSampler(len(source), batch_size=BATCH, shuffle=True),
-        workers=workers, device="cuda",
-        bad=UnreadableSamples(source.where, len(source), report=folder / "bad.tsv"), hardware_share=share,
-    )  # fmt: skip
+def loading(loader: str, share: float, folder: Path) -> LoaderConfig:
+    """loader: `dali` or `torch`. share: of the JPEGs that DALI gives to the hardware decoder."""
+    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    return LoaderConfig(kind=loader, workers=workers, device=DEVICE, report=folder / "bad.tsv", hardware_share=share)
 
 
-def endless(loader: DaliLoader) -> Iterator[Batch]:
+def endless(options: LoaderConfig, source: ImageSource) -> Iterator[Batch]:
+    """Shuffled batches on the GPU, epoch after epoch."""
+    loader = options.build(source, Transform(size=SIZE), batch_size=BATCH, shuffle=True)
     for epoch in itertools.count():
         loader.set_epoch(epoch)
-        yield from loader
+        yield from (batch.to(DEVICE) for batch in loader)
 
 
 def rate(step: Callable[[], object]) -> float:
@@ -72,55 +73,42 @@ def rate(step: Callable[[], object]) -> float:
     return BATCH * BATCHES / (time.perf_counter() - started)
 
 
-def measure(case: Case, source: ImageSource, folder: Path) -> dict[str, Any]:
-    """Images per second of decoding alone, or of the compiled step on one resident batch and on batches from files."""
-    what, arch, share = case
-    batches = endless(open_loader(source.subset(torch.arange(len(source)).repeat(WARMUP + BATCHES)), folder, share))
-    if what == "decode":
-        return {"images_per_s": rate(lambda: next(batches))}
+def training(arch: str, batches: Iterator[Batch]) -> dict[str, float]:
+    """Images per second of the compiled step on one resident batch and on batches from files, and the share of the time in
+    which it waited for data."""
     vit, config = ARCHS[arch], TrainConfig(method=METHOD, epochs=1, batch_size=BATCH)
-    student, teacher = models(vit, "cuda")
+    student, teacher = models(vit, DEVICE)
     state = TrainState.create(student, config, steps_per_epoch=1000, compiled=True)
     step, strategy = build_train_step(state, teacher, config), build_strategy(config)
-    wait = DataWait(torch.device("cuda"))
+    wait = DataWait(torch.device(DEVICE))
     from_files = wait.over(batches)
 
     def run(batch: Batch) -> None:
         step([(batch, sample_step_randomness(strategy, batch, vit.patches, state.generator))])
 
-    resident = random_batch(vit, BATCH, "cuda")
+    resident = random_batch(vit, BATCH, DEVICE)
     alone = rate(lambda: run(resident))
     wait.seconds, wait.started = 0.0, time.perf_counter()
-    end_to_end = rate(lambda: run(next(from_files).to("cuda")))
+    end_to_end = rate(lambda: run(next(from_files)))
     return {"images_per_s": end_to_end, "step_alone_images_per_s": alone, "waited_for_data": wait.share}
 
 
-def run(
-    out: Path,
-    *,
-    archs: Sequence[str],
-    seconds: float = 480.0,
-    measure: Measure = measure,
-    environment: Callable[[], dict[str, Any]] = gpu_environment,
-    clock: Callable[[], float] = time.monotonic,
-) -> int:
-    """Write DIR/data.jsonl, a record per case; no case is started after `seconds`. Returns 0, or 1 if a case failed."""
-    where, started, failed = environment(), clock(), False
+def run(*, what: str, loader: str, arch: str = "", share: float = HARDWARE_SHARE) -> dict[str, Any]:
+    """Decoding alone, or training with `arch`. Raises Skipped where the step cannot fit."""
+    free, _ = torch.cuda.mem_get_info()
+    if arch and not memory.fitting("ours-compiled", arch, [BATCH], free):
+        raise Skipped(
+            f"needs {memory.needed('ours-compiled', arch, BATCH) / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free"
+        )
+    root = images()
+    source = scan(root)
+    record: dict[str, Any] = {
+        "op": "data", "provider": loader, "mode": what, "arch": arch, "batch": BATCH, "hardware_share": share,
+        "files": len(source), "images": "generated JPEGs", "mean_kb": mean_kilobytes(root),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        source = scan(generate(Path(folder), FILES))
-        for case in cases(archs):
-            what, arch, share = case
-            if clock() - started > seconds:
-                print(f"data: stopped after {clock() - started:.0f} s, before {what} {arch}", flush=True)
-                break
-            record: dict[str, Any] = {
-                "op": "data", "provider": "dali", "mode": what, "arch": arch, "batch": BATCH, "hardware_share": share
-            }  # fmt: skip
-            try:
-                record |= measure(case, source, Path(folder))
-            except Exception as error:  # the other cases are still worth measuring
-                record["error"] = f"{type(error).__name__}: {error}"[:500]
-            failed |= "error" in record
-            append(out / "data.jsonl", record | where)
-            print(f"{what} {arch}: {record.get('error') or f'''{record['images_per_s']:.0f} images/s'''}", flush=True)
-    return int(failed)
+        options = loading(loader, share, Path(folder))
+        record["workers"] = options.workers
+        batches = endless(options, source.subset(torch.arange(len(source)).repeat(WARMUP + BATCHES)))
+        record |= training(arch, batches) if arch else {"images_per_s": rate(lambda: next(batches))}
+    return record | gpu_environment()

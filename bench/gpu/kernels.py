@@ -1,23 +1,21 @@
-"""Every kernel against its reference, eager and under torch.compile, on a GPU; the device's own rates are measured first.
+"""Every kernel against its reference, eager and under torch.compile, on a GPU.
 
-A case is one op, model, batch and provider. The batch of 512 comes before that of 64, Triton and the reference before
-torch.compile, and the pixels before the rest. Outputs are compared with float64 before anything is timed.
+A case is one op, model and provider, at a batch of 512 before one of 64. Outputs are compared with float64 before anything is
+timed.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.records import ROOT, Function, Spread, append, gpu_environment, spread
-from bench.step.matrix_rate import matrix_product
+from bench.gpu.step import rates
+from bench.gpu.timer import CudaTimer, Timed
+from bench.records import Function, gpu_environment
 from cammask_fast.kernels.backend import set_backend
 from cammask_fast.kernels.cls_relevance import cls_relevance
 from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
@@ -31,7 +29,6 @@ from cammask_fast.kernels.reference.normalise import normalise as reference_norm
 from cammask_fast.kernels.reference.patch_select import PatchSelection
 from cammask_fast.kernels.reference.patch_select import patch_select as reference_patch_select
 
-SECONDS = 480.0
 SIDE, THRESHOLD, HEAD_WIDTH = 224, 0.3, 64
 BATCHES = (512, 64)
 PATCH_SIZES, HEADS = {"ViT-B/32": 32, "ViT-B/16": 16, "ViT-L/14": 14}, {"ViT-B/32": 12, "ViT-B/16": 12, "ViT-L/14": 16}
@@ -71,28 +68,15 @@ class Work(NamedTuple):
 
 
 class Meter(NamedTuple):
-    """How a device is measured. times(function, repeats): seconds of each call. peak(function): bytes beyond what was held.
-    healthy(): whether the device still answers. copy, product: its own bytes and floating-point operations per second."""
+    """How a device is measured. time(function): seconds of a call. peak(function): bytes beyond what was held. copy, product:
+    its own bytes and floating-point operations per second."""
 
     device: torch.device
-    times: Callable[[Function, int], list[float]]
+    time: Callable[[Function], Timed]
     peak: Callable[[Function], int]
-    healthy: Callable[[], bool]
     copy: float
     product: float
     environment: dict[str, Any]
-
-
-def cases(archs: Sequence[str], batches: Sequence[int] = BATCHES) -> list[Case]:
-    """The most valuable first."""
-    return [
-        Case(op, arch, batch, provider)
-        for batch in batches
-        for providers in (("triton", "reference"), ("compiled",))
-        for op in OPS
-        for arch in archs
-        for provider in providers
-    ]
 
 
 def build(op: str, arch: str, batch: int, device: torch.device) -> Work:
@@ -186,12 +170,6 @@ def compare(outputs: Sequence[Tensor], work: Work) -> None:
             raise ValueError(f"not timed: error {error:.3e} against float64, PyTorch's is {allowed:.3e}")
 
 
-def time_call(function: Function, times: Callable[[Function, int], list[float]], *, budget: float = 0.4) -> Spread:
-    """Warm up, then repeat for about `budget` seconds, 10 to 200 times."""
-    typical = spread(times(function, 3)).p50
-    return spread(times(function, min(200, max(10, int(budget / max(typical, 1e-9))))))
-
-
 def measure(case: Case, work: Work, meter: Meter) -> dict[str, Any]:
     """The record of one case. Raises ValueError on wrong output."""
     implementation = work.ours if case.provider == "triton" else work.reference
@@ -210,11 +188,12 @@ def measure(case: Case, work: Work, meter: Meter) -> dict[str, Any]:
             return implementation(*work.inputs)
 
         peak = meter.peak(call)
-        seconds = time_call(call, meter.times)
+        timed = meter.time(call)
     finally:
         set_backend(previous)
     record = describe(case) | {"shape": list(work.inputs[0].shape), "dtype": str(work.dtype).removeprefix("torch.")}
-    record |= seconds.fields() | {"first_call_seconds": round(first_call, 2), "peak_memory_bytes": peak}
+    seconds = timed.seconds
+    record |= timed.fields() | {"first_call_seconds": round(first_call, 2), "peak_memory_bytes": peak}
     record |= {"gigabytes_per_second": work.bytes / seconds.p50 / 1e9, "share_of_copy": work.bytes / seconds.p50 / meter.copy}
     if work.flops:
         record |= {"teraflops": work.flops / seconds.p50 / 1e12, "share_of_matmul": work.flops / seconds.p50 / meter.product}
@@ -226,87 +205,31 @@ def describe(case: Case) -> dict[str, Any]:
     return {"op": op, "provider": case.provider, "mode": mode or "forward", "arch": case.arch, "batch": case.batch}
 
 
-def run(
-    out: Path,
-    *,
-    archs: Sequence[str],
-    first: int = 0,
-    seconds: float = SECONDS,
-    batches: Sequence[int] = BATCHES,
-    meter: Meter | None = None,
-    clock: Callable[[], float] = time.monotonic,
-    restart: Callable[[Sequence[str]], int] | None = None,
-) -> int:
-    """Append a record per case to DIR/kernels.jsonl until `seconds` have passed. Returns 0, or 1 if a case failed.
-
-    A failed case is a record with `error`. Where it took the device down with it (an illegal access), a new process goes on
-    with the next case."""
-    started, path = clock(), out / "kernels.jsonl"
-    meter = meter or cuda_meter()
-    if first == 0:
-        rates = {"copy_gigabytes_per_second": meter.copy / 1e9, "bf16_matmul_teraflops": meter.product / 1e12}
-        append(path, {"op": "device", "provider": "torch", **rates, **meter.environment})
-    todo = cases(archs, batches)
-    code, work, built = 0, None, None
-    for index, case in enumerate(todo[first:], first):
-        if clock() - started > seconds:
-            append(path, {"op": "stopped", "reason": f"{seconds:.0f} s have passed", "next": index, "cases": len(todo)})
-            break
-        try:
-            if work is None or built != case[:3]:
-                work = None  # frees the memory of the last one first
-                work, built = build(case.op, case.arch, case.batch, meter.device), case[:3]
-            record = measure(case, work, meter)
-        except Exception as error:
-            code, work = 1, None
-            message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
-            append(path, {**describe(case), "error": message, **meter.environment})
-            if not meter.healthy():
-                left = seconds - (clock() - started)
-                command = ["--out", str(out), "--first", str(index + 1), "--seconds", str(int(left)), "--arch", *archs]
-                (restart or _restart)(command)
-                return 1
-            continue
-        append(path, record | meter.environment)
-    return code
+def run(*, op: str, arch: str, providers: Sequence[str], batches: Sequence[int] = BATCHES) -> Iterator[dict[str, Any]]:
+    """A record per batch and provider; one that cannot be measured is a record with `error`. Raises RuntimeError where the
+    device is lost."""
+    meter = cuda_meter()
+    for batch in batches:
+        work = build(op, arch, batch, meter.device)
+        for provider in providers:
+            yield measured(Case(op, arch, batch, provider), work, meter)
+        del work  # before the next one is built
 
 
-def _restart(arguments: Sequence[str]) -> int:
-    command = [sys.executable, "-m", "bench", "gpu", "--part", "kernels", *arguments]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+def measured(case: Case, work: Work, meter: Meter) -> dict[str, Any]:
+    """The record of a case, or why there is none."""
+    try:
+        return measure(case, work, meter) | meter.environment
+    except Exception as error:  # the other providers are still worth measuring
+        if "CUDA error" in str(error):
+            raise  # this process can do nothing more with the device
+        return {**describe(case), "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500], **meter.environment}
 
 
 def cuda_meter() -> Meter:
     """Of the current CUDA device; measures its copy and its bf16 product first."""
-    device = torch.device("cuda")
-    times = cuda_timer(device)
-    return Meter(device, times, _peak, _healthy, *_rates(device, times), gpu_environment())
-
-
-def _rates(device: torch.device, times: Callable[[Function, int], list[float]]) -> tuple[float, float]:
-    """Bytes per second of a copy of 1 GiB (read and written), floating-point operations per second of a bf16 product."""
-    source, target = (torch.zeros(2**30, dtype=torch.uint8, device=device) for _ in range(2))
-    copy = 2 * 2**30 / time_call(lambda: target.copy_(source), times).p50
-    product, flops = matrix_product("cuda", "bf16")
-    return copy, flops / time_call(product, times).p50
-
-
-def cuda_timer(device: torch.device) -> Callable[[Function, int], list[float]]:
-    """times(function, repeats) by CUDA events. Before each call 512 MB are overwritten: that empties the caches, and the launch
-    of the call is already queued when its start event comes."""
-    flush = torch.empty(2**27, dtype=torch.int32, device=device)
-
-    def times(function: Function, repeats: int) -> list[float]:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in events:
-            flush.zero_()
-            start.record()
-            function()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in events]
-
-    return times
+    product, copy = rates("bf16")
+    return Meter(torch.device("cuda"), CudaTimer(), _peak, copy, product, gpu_environment())
 
 
 def _peak(function: Function) -> int:
@@ -316,12 +239,3 @@ def _peak(function: Function) -> int:
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - held
-
-
-def _healthy() -> bool:
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True

@@ -1,100 +1,87 @@
-"""Tests of the kernels, in every dtype, and of the compiled step on a real GPU, then compute-sanitizer's memcheck on small
-shapes where it is installed."""
+"""The tests that need a GPU, a file per process, the step's first; then compute-sanitizer's memcheck on small shapes."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
-import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.records import ROOT, append, gpu_environment
+from bench.gpu.child import Skipped
+from bench.records import ROOT, gpu_environment
 
-SECONDS = 480.0
-"""For the whole part; a command that is still running then is stopped."""
-MEMCHECK_SHARE = 90.0
-"""Seconds of it that memcheck may have at least."""
-Execute = Callable[[Sequence[str], Path, float, Mapping[str, str]], int | None]
+if TYPE_CHECKING:
+    import pytest
 
-
-def execute(command: Sequence[str], log: Path, seconds: float, variables: Mapping[str, str]) -> int | None:
-    """Run a command in the checkout, output to `log`; its exit code, or None if it was stopped after `seconds`."""
-    with log.open("wb") as file:
-        try:
-            environment = {**os.environ, **variables}
-            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=seconds, env=environment, check=False)
-        except subprocess.TimeoutExpired:
-            return None
-    return done.returncode
+TESTS = ROOT / "tests"
+MARKED = re.compile(r"^\s*(@|pytestmark = \[?)?pytest\.mark\.triton\b", re.MULTILINE)
+ORDER = ("step", "relevance", "batch", "fill", "select", "shapes", "loader")
+"""Words in the names of the files, the most valuable first; the loader's last, in which a decoder may end the process."""
+NAMED = 20
+"""Failed tests whose names are in the record."""
 
 
-def counts(junit: Path) -> dict[str, int]:
-    """passed, failed and skipped tests of a JUnit file; all 0 where pytest wrote none."""
-    if not junit.exists():
-        return {"passed": 0, "failed": 0, "skipped": 0}
-    suites = list(ElementTree.parse(junit).iter("testsuite"))
-    total, skipped = (sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped"))
-    failed = sum(int(suite.get(name, 0)) for suite in suites for name in ("failures", "errors"))
-    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+def files() -> list[str]:
+    """Those with tests that are marked `triton`, as paths from the root, the most valuable first."""
+    marked = [path for path in TESTS.rglob("test_*.py") if MARKED.search(path.read_text())]
+
+    def rank(path: Path) -> tuple[int, str]:
+        return next((place for place, word in enumerate(ORDER) if word in path.stem), len(ORDER)), path.stem
+
+    return [str(path.relative_to(ROOT)) for path in sorted(marked, key=rank)]
 
 
-def run(
-    out: Path,
-    *,
-    execute: Execute = execute,
-    environment: Callable[[], dict[str, Any]] = gpu_environment,
-    which: Callable[[str], str | None] = shutil.which,
-    clock: Callable[[], float] = time.monotonic,
-) -> int:
-    """Write DIR/tests.jsonl, a record per command. Returns 0 if everything that ran passed, else 1."""
-    where, started, out = environment(), clock(), out.resolve()
-    junit = out / "tests.xml"
-    junit.unlink(missing_ok=True)
-    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    if missing:
-        outcome: dict[str, Any] = {"error": f"not installed: {', '.join(missing)}"}
-    else:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "triton",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={junit}",
-            "tests/kernels",
-            "tests/test_step_on_gpu.py",
-            "tests/test_loader_on_gpu.py",
-        ]
-        outcome = _outcome(execute(command, out / "tests.log", SECONDS - MEMCHECK_SHARE, {}), clock() - started)
-        outcome |= counts(junit)
-        if "error" not in outcome and outcome["passed"] == 0:
-            outcome["error"] = "no test ran"
-    append(out / "tests.jsonl", {"op": "tests", **outcome, **where})
-    sanitizer = which("compute-sanitizer")
+class Counts:
+    """Counts what pytest reports."""
+
+    def __init__(self) -> None:
+        self.passed, self.skipped, self.failed = 0, 0, list[str]()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+        elif report.skipped:
+            self.skipped += 1
+        elif report.when == "call":
+            self.passed += 1
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+def run(*, file: str) -> dict[str, Any]:
+    """Of one file; `error` where a test failed or none ran."""
+    import pytest  # which a bare machine may lack
+
+    counts = Counts()
+    code = pytest.main(
+        ["-m", "triton", "-p", "no:cacheprovider", "-v", "--rootdir", str(ROOT), str(ROOT / file)], plugins=[counts]
+    )
+    record: dict[str, Any] = {"op": "tests", "file": file, "passed": counts.passed, "skipped": counts.skipped}
+    record |= {"failed": len(counts.failed), "failed_tests": counts.failed[:NAMED]}
+    if counts.failed:
+        record["error"] = f"{len(counts.failed)} tests failed"
+    elif code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        record["error"] = f"pytest ended with {code!r}"
+    elif not counts.passed:
+        record["error"] = "no test ran"
+    return record | gpu_environment()
+
+
+def memcheck() -> dict[str, Any]:
+    """Every kernel on small shapes under compute-sanitizer. Raises Skipped where that is not installed."""
+    sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
-        checked: dict[str, Any] = {"skipped": "compute-sanitizer is not installed"}
-    else:
-        command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-m", "bench.gpu.small"]
-        before = clock()
-        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor its own allocation: nothing hides an overrun
-        code = execute(command, out / "memcheck.log", SECONDS - (before - started), variables)
-        checked = _outcome(code, clock() - before)
-    append(out / "tests.jsonl", {"op": "memcheck", **checked, **where})
-    return int("error" in outcome or "error" in checked)
-
-
-def _outcome(code: int | None, seconds: float) -> dict[str, Any]:
-    outcome: dict[str, Any] = {"seconds": round(seconds, 1)}
-    if code is None:
-        outcome["error"] = "stopped at the time limit"
-    elif code:
-        outcome["error"] = f"exit code {code}"
-    return outcome
+        raise Skipped("needs compute-sanitizer")
+    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-m", "bench.gpu.small"]
+    variables = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    }  # every tensor its own allocation: nothing hides an overrun
+    code = subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode
+    record: dict[str, Any] = {"op": "memcheck", "exit_code": code}
+    return record | ({"error": f"exit code {code}: see log.txt"} if code else {}) | gpu_environment()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,18 @@ import pytest
 import torch
 
 import cammask_fast
-from bench import gpu, pages, records, report
+from bench import pages, records, report
 from bench.__main__ import main
 from bench.data import loaders
 from bench.data.photographs import generate
-from bench.gpu import data as gpu_data
-from bench.gpu import kernels, tests
-from bench.gpu import step as gpu_step
+from bench.gpu import kernels
+from bench.gpu.timer import Timed
 from bench.kernels import aot, cpu, static
-from bench.records import ROOT, append, interleaved, read, spread
-from bench.step import race as step_race
-from bench.step.ablations import ABLATIONS
-from bench.step.race import Race
+from bench.records import ROOT, Spread, append, interleaved, read, spread
 from bench.step.work import count_flops
 from cammask_fast import cli
-from cammask_fast.config import TrainConfig
 from cammask_fast.kernels.backend import INTERPRETED, set_backend
 from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
-from cammask_fast.model.classifier import Classifier
-from cammask_fast.model.vit import VisionTransformer
 from cammask_fast.viz.tables import markdown_table
 
 WHERE = {"gpu": "a GPU", "driver": "1.2", "torch": "2.15", "triton": "3.9", "commit": "abc"}
@@ -51,7 +43,8 @@ def cells(row: str) -> list[str]:
         (["kernels", "--static", "--cpu"], "--cpu"),
         (["gpu"], "--out"),
         (["gpu", "--out", "x", "--part", "loader"], "loader"),
-        (["gpu", "--out", "x", "--arch", "ViT-Z"], "ViT-Z"),
+        (["gpu", "--out", "x", "--first", "0"], "--first"),
+        (["gpu", "--out", "x", "--seconds", "-1"], "--seconds"),
         (["report", "--root", "/nowhere"], "/nowhere"),
         (["report", "--only", "nonsense"], "nonsense"),
         (["step", "--batch", "1"], "--batch"),
@@ -193,9 +186,8 @@ def test_signatures_are_those_of_the_launcher(one: str) -> None:
 def pretended_meter(**changes: Any) -> kernels.Meter:
     meter = kernels.Meter(
         device=torch.device("cpu"),
-        times=lambda function, repeats: [1e-3] * repeats,
+        time=lambda function: Timed(Spread(1e-3, 1e-3, 1e-3), "pretended", 3),
         peak=lambda function: 17,
-        healthy=lambda: True,
         copy=1e12,
         product=1e14,
         environment=WHERE,
@@ -216,6 +208,7 @@ def test_every_op_is_measured(op: str) -> None:
     assert record["op"] == op.partition(" ")[0]
     assert record["seconds_p20"] == record["seconds_p50"] == record["seconds_p80"] == 1e-3
     assert record["peak_memory_bytes"] == 17
+    assert (record["timing"], record["calls_per_event_pair"]) == ("pretended", 3)
     assert record["shape"][0] == record["batch"] == 16
     assert record["gigabytes_per_second"] == pytest.approx(work.bytes / 1e6)
     assert record["share_of_copy"] == pytest.approx(work.bytes / 1e9)
@@ -237,113 +230,23 @@ def test_a_wrong_kernel_is_not_timed() -> None:
         kernels.compare([output * torch.nan for output in work.ours(*work.inputs)], work)
 
 
-def test_the_large_batch_and_triton_come_first() -> None:
-    order = kernels.cases(gpu.ARCHS)
-    assert order[0] == ("counterfactual_batch threshold", "ViT-B/16", 512, "triton")
-    assert [case.batch for case in order] == sorted((case.batch for case in order), reverse=True)
-    assert len(set(order)) == len(order) == 2 * len(kernels.OPS) * 3 * 3
-    large = [case.provider for case in order if case.batch == 512]
-    assert large.index("compiled") == len(large) * 2 // 3
-
-
 @ON_CPU_ONLY
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs what must fail here")
 @pytest.mark.usefixtures("no_compiler")
-def test_a_failed_case_is_a_record_and_the_run_goes_on(tmp_path: Path) -> None:
-    code = kernels.run(tmp_path, archs=["ViT-B/32"], batches=[8], meter=pretended_meter())
-    first, *rest = read(tmp_path / "kernels.jsonl")
-    assert first == {
-        "op": "device", "provider": "torch", "copy_gigabytes_per_second": 1e3, "bf16_matmul_teraflops": 100.0, **WHERE,
-    }  # fmt: skip
-    assert code == 1
-    assert len(rest) == 3 * len(kernels.OPS)
-    for record in rest:
+def test_a_provider_that_fails_is_a_record_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "cuda_meter", pretended_meter)
+    found = list(kernels.run(op="normalise", arch="ViT-B/32", providers=["triton", "reference", "compiled"], batches=[8]))
+    assert [r["provider"] for r in found] == ["triton", "reference", "compiled"]
+    for record in found:
         assert ("error" in record) == (record["provider"] == "triton"), record  # the CPU has no Triton
         assert "needs CUDA tensors" in record.get("error", "needs CUDA tensors")
         assert {"op", "provider", "mode", "arch", "batch", *WHERE} <= set(record)
     assert set_backend("auto") == "auto", "the chosen backend is restored"
-
-
-@pytest.mark.usefixtures("no_compiler")
-def test_the_run_stops_by_itself_and_can_go_on(tmp_path: Path) -> None:
-    now = iter(range(0, 10_000, 100))
-    options: dict[str, Any] = {"archs": ["ViT-B/32"], "batches": [8], "meter": pretended_meter()}
-    kernels.run(tmp_path, seconds=250, clock=lambda: float(next(now)), **options)
-    *_, stopped = read(tmp_path / "kernels.jsonl")
-    assert stopped == {"op": "stopped", "reason": "250 s have passed", "next": 2, "cases": 3 * len(kernels.OPS)}
-    before = len(read(tmp_path / "kernels.jsonl"))
-    assert kernels.run(tmp_path, first=stopped["cases"] - 1, **options) == 0
-    (last,) = read(tmp_path / "kernels.jsonl")[before:]
-    assert (last["op"], last["provider"]) == ("patch_select", "compiled")
-
-
-@ON_CPU_ONLY
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs what must fail here")
-def test_after_a_crash_of_the_device_a_new_process_goes_on(tmp_path: Path) -> None:
-    commands: list[Sequence[str]] = []
-
-    def restart(command: Sequence[str]) -> int:
-        commands.append(command)
-        return 0
-
-    meter = pretended_meter(healthy=lambda: False)
-    assert kernels.run(tmp_path, archs=["ViT-B/32"], batches=[8], meter=meter, clock=lambda: 5.0, restart=restart) == 1
-    assert commands == [["--out", str(tmp_path), "--first", "1", "--seconds", "480", "--arch", "ViT-B/32"]]
-
-
-def executed(codes: Mapping[str, int | None], junit: str) -> Any:
-    """A pretended execution of pytest and compute-sanitizer."""
-
-    def execute(command: Sequence[str], log: Path, seconds: float, variables: Mapping[str, str]) -> int | None:
-        name = "memcheck" if "memcheck" in command else "tests"
-        assert 0 < seconds <= tests.SECONDS
-        if name == "tests":
-            (log.parent / "tests.xml").write_text(junit)
-        return codes[name]
-
-    return execute
-
-
-JUNIT = '<testsuites><testsuite name="pytest" tests="7" failures="{}" errors="0" skipped="2"></testsuite></testsuites>'
-
-
-@pytest.mark.parametrize(
-    ("codes", "failures", "sanitizer", "code", "errors"),
-    [
-        ({"tests": 0, "memcheck": 0}, 0, "/bin/cs", 0, (None, None)),
-        ({"tests": 1, "memcheck": 0}, 1, "/bin/cs", 1, ("exit code 1", None)),
-        ({"tests": 0, "memcheck": 1}, 0, "/bin/cs", 1, (None, "exit code 1")),
-        ({"tests": None, "memcheck": 0}, 0, "/bin/cs", 1, ("stopped at the time limit", None)),
-        ({"tests": 0}, 0, None, 0, (None, None)),
-        ({"tests": 0}, 5, None, 1, ("no test ran", None)),
-    ],
-)
-def test_outcomes_of_the_tests_part(
-    codes: dict[str, int | None], failures: int, sanitizer: str | None, code: int, errors: tuple[Any, Any], tmp_path: Path
-) -> None:
-    done = tests.run(
-        tmp_path,
-        execute=executed(codes, JUNIT.format(failures)),
-        environment=lambda: dict(WHERE),
-        which=lambda name: sanitizer,
-        clock=lambda: 0.0,
+    monkeypatch.setattr(
+        kernels, "measure", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access"))
     )
-    ran, checked = read(tmp_path / "tests.jsonl")
-    assert done == code
-    assert (ran["op"], ran.get("error")) == ("tests", errors[0])
-    assert (ran["passed"], ran["failed"], ran["skipped"]) == (5 - failures, failures, 2)
-    assert (checked["op"], checked.get("error")) == ("memcheck", errors[1])
-    assert ("skipped" in checked) == (sanitizer is None)
-    assert ran["gpu"] == checked["gpu"] == WHERE["gpu"]
-
-
-def test_a_command_is_logged_and_stopped(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    assert (
-        tests.execute([sys.executable, "-c", "import os; print(os.environ['ASKED']); exit(3)"], log, 60, {"ASKED": "yes"}) == 3
-    )
-    assert log.read_text() == "yes\n"
-    assert tests.execute([sys.executable, "-c", "import time; time.sleep(60)"], log, 0.2, {}) is None
+    with pytest.raises(RuntimeError, match="illegal"):
+        list(kernels.run(op="normalise", arch="ViT-B/32", providers=["triton"], batches=[8]))
 
 
 def gpu_records() -> list[dict[str, Any]]:
@@ -500,69 +403,6 @@ def test_the_report_shows_every_race_of_the_step() -> None:
     assert report.step_section(step_records()[:5]).startswith(report.NO_STEP_ON_GPU)
 
 
-def test_every_provider_runs_at_the_largest_batch_that_fits(tmp_path: Path) -> None:
-    seen: list[tuple[str, int]] = []
-
-    def measure(race: Race, provider: str) -> dict[str, Any]:
-        seen.append((provider, race.batch))
-        if provider == "authors" and race.batch > 128:
-            raise torch.OutOfMemoryError("no")
-        if provider == "ours-eager":
-            raise RuntimeError("broken")
-        return {"images_per_second": 1.0}
-
-    moments = iter(range(0, 10_000, 100))
-    code = gpu_step.run(
-        tmp_path, archs=["ViT-B/16"], seconds=450, measure=measure, environment=dict, clock=lambda: float(next(moments))
-    )
-    assert code == 1, "a failed case is a failure, after all the others"
-    records = read(tmp_path / "step.jsonl")
-    assert [(r["provider"], r["batch"]) for r in records] == [
-        ("ours-compiled", 512), ("authors", 128), ("authors-compiled", 512), ("ours-eager", 512)
-    ]  # fmt: skip
-    assert [batch for provider, batch in seen if provider == "authors"] == [512, 256, 128]
-    assert records[-1]["error"] == "RuntimeError: broken"
-    assert all(r["mode"] == "masked-object" for r in records), "no case starts after the time is over"
-
-
-@pytest.mark.parametrize("provider", ["authors", "ours-compiled"])
-def test_a_case_of_the_step_on_a_gpu_is_complete(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a CPU in the place of the GPU, and a stand-in for its memory: 1 000 000 000 bytes at the peak, 10 000 000 held."""
-    said: list[str] = []
-    for name, value in {"synchronize": None, "reset_peak_memory_stats": None}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10_000_000)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1_000_000_000)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", said.append)
-    monkeypatch.setattr(gpu_step, "_matmul_rate", lambda precision: {"fp32": 1e12, "bf16": 4e12}[precision])
-    ours = provider == "ours-compiled"
-    if ours:  # the compiler takes minutes on a CPU
-        monkeypatch.setattr(gpu_step, "optimiser_step", lambda race, provider: lambda: None)
-    race = Race(arch="tiny", config=TrainConfig(method="masked-object", precision="bf16"), batch=4)
-    record = gpu_step.measure(race, provider)
-    assert record["precision"] == ("bf16" if ours else "fp32")
-    assert record["matmul_teraflops"] == (4.0 if ours else 1.0)
-    assert record["share_of_matmul"] == pytest.approx(record["teraflops"] / record["matmul_teraflops"])
-    weights = 4 * sum(p.numel() for p in Classifier(VisionTransformer(race.vit), torch.zeros(1000, 64)).parameters())
-    assert record["peak_mb"] == 1000.0
-    assert record["activation_mb"] == pytest.approx(990.0 - (weights / 1e6 if ours else 0.0)), "gradients are no activations"
-    assert ("compile_seconds" in record) == ours
-    assert ("error" in said) == ours, "a synchronisation inside our compiled step is an error"
-    assert said[-1] == "default"
-
-
-def test_cases_of_the_step_on_a_gpu() -> None:
-    cases = [(op, race.arch, race.config.method, provider) for op, race, provider in gpu_step.cases(["ViT-B/16", "ViT-B/32"])]
-    assert cases[0] == ("step", "ViT-B/16", "masked-object", "ours-compiled"), "the most valuable first"
-    assert len(set(cases)) == len(cases)
-    raced = {case[3] for case in cases if case[:3] == ("step", "ViT-B/16", "masked-object")}
-    assert raced == {*step_race.EAGER, *step_race.COMPILED}
-    ablations = [race for op, race, _ in gpu_step.cases(["ViT-B/16"]) if op == "ablation"]
-    assert len(ablations) == 1 + len(ABLATIONS)
-    assert {race.config.precision for race in ablations} == {"tf32"}
-    assert all(op == "step" for op, *_ in gpu_step.cases(["ViT-L/14"])), "identities are switched off at B/16 only"
-
-
 def test_every_loader_is_measured_on_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaders, "LEAST_IMAGES", 24)
     root, out = generate(tmp_path / "images", 12), tmp_path / "data.jsonl"
@@ -579,27 +419,3 @@ def test_every_loader_is_measured_on_the_same_files(tmp_path: Path, monkeypatch:
     text = report.data_section(read(out))
     assert text.startswith(report.NO_DATA_ON_GPU)
     assert "12 photographs" in text
-
-
-def test_loading_on_a_gpu_records_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_data, "FILES", 4)
-
-    def measure(case: gpu_data.Case, _source: object, _folder: Path) -> dict[str, Any]:
-        if case[1] == "ViT-B/32":
-            raise RuntimeError("broken")
-        return {"images_per_s": 7000.0} | ({"step_alone_images_per_s": 7500.0, "waited_for_data": 0.02} if case[1] else {})
-
-    archs = ["ViT-B/16", "ViT-B/32", "ViT-L/14"]
-    assert gpu_data.run(tmp_path, archs=archs, measure=measure, environment=lambda: WHERE) == 1
-    found = read(tmp_path / "data.jsonl")
-    assert [(r["mode"], r["arch"]) for r in found] == [
-        ("decode", ""), ("train", "ViT-B/16"), ("train", "ViT-B/32"), ("decode", ""), ("decode", ""), ("decode", "")
-    ]  # fmt: skip
-    rows = [cells(line) for line in report.data_section(found).splitlines() if line.startswith("| ")]
-    assert ["train ViT-B/16", "512", "75%", "7000", "7500", "2%"] in rows
-    assert ["train ViT-B/32", "512", "75%", "failed", "-", "-"] in rows
-    moments = iter(range(0, 10_000, 300))
-    (tmp_path / "late").mkdir()
-    arguments = {"archs": archs, "measure": measure, "environment": lambda: WHERE, "clock": lambda: float(next(moments))}
-    assert gpu_data.run(tmp_path / "late", **arguments) == 0  # type: ignore[arg-type]
-    assert len(read(tmp_path / "late" / "data.jsonl")) == 1, "no case starts after the time is over"
