@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
-    "environment", "config", "precision", "metrics", "distributed", "interruption", "run_folder",
+    "environment", "notices", "config", "precision", "metrics", "distributed", "interruption", "run_folder",
     "assets", "recipes", "kernels", "data", "model", "cam", "masking",
     "losses", "optim", "state", "step", "checkpoint", "evaluate", "wise_ft", "train",
     "pretrain", "pictures", "photographs", "report", "demo", "commands", "cli", "__main__",

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cammask_fast.notices import notice
 from cammask_fast.runtime.env import launched
 
 LOCK, LOG, CHECKPOINTS, LAUNCH = "lock", "log.jsonl", "checkpoints", "launch.json"
@@ -26,6 +27,8 @@ LONG_AGO = 3600.0
 """Seconds since the last heartbeat that even clocks which disagree cannot explain."""
 RESUME_MUTABLE = ("data", "compile", "device", "max_skipped")
 """Settings that may change when a run goes on: they do not change what it computes, but for rounding."""
+NOTED = ("images",)
+"""Settings whose change is told: with other images of the same classes a run can go on, but it is not the same run."""
 RESUME_MUTABLE_WITH_GLOBAL_DONORS = ("processes", "accumulate")
 
 
@@ -198,10 +201,15 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path
     different = [
         f"{name} {now.get(name)} instead of {before.get(name)}"
         for name in sorted(before.keys() | now.keys())
-        if name not in free and before.get(name) != now.get(name)
+        if name not in (*free, *NOTED) and before.get(name) != now.get(name)
     ]
     if different:
         raise ValueError(
             f"the run in {path} was begun with other settings: {', '.join(different)}. Go on with those, choose another "
             "--out, or start over with --overwrite"
+        )
+    if any(name in before and before[name] != now.get(name) for name in NOTED):
+        notice(
+            f"the images have changed since the run in {path} was begun (other files, names or sizes): it goes on with "
+            "those that are there now"
         )
