@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ import cammask_fast
 from cammask_fast import __version__
 from cammask_fast.config import PRECISIONS, OptimConfig, TrainConfig, options_of
 from cammask_fast.runtime.env import launched
+from cammask_fast.runtime.notices import collecting
 from cammask_fast.runtime.signals import EXIT_CODE, TrainingPreempted
 
 SCORES = "folder of scores.json, scores.csv, per_class.csv and the list of unreadable images (default: only printed)"
@@ -23,22 +26,28 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong command line as a ValueError."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments") and ".tar" in message:
+            message += "; a pattern of shards goes in quotes: --data 'FOLDER/*.tar'"
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, or with one line on stderr 2 after an error, 130 after Ctrl-C and `signals.EXIT_CODE`
-    after a training that was stopped and saved."""
+    after a training that was stopped and saved; `data check` returns 1 when it has found problems."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
     try:
         if arguments[:1] == ["bench"]:  # has its own parser
             return run_bench(arguments[1:])
         args = build_parser().parse_args(arguments)
-        return run_command(vars(args))
+        with collecting(strict=vars(args).get("strict", False)):
+            return run_command(vars(args))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError) as error:
-        return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
+        return _fail((" ".join(str(error).split()) or type(error).__name__) + _advice(error), 2)
     except TrainingPreempted as error:
         return _fail(str(error), EXIT_CODE, kind="")
     except RuntimeError as error:
@@ -49,6 +58,13 @@ def run_command(args: dict[str, Any]) -> int:
     """Import the command's module only now: `cammask --help` answers without PyTorch. Returns its exit code, 0 without one."""
     module, function = args["command"].split(".")
     return getattr(import_module(f"cammask_fast.commands.{module}"), function)(args) or 0
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a full disk or a missing temporary folder."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "; make room there, or set TMPDIR to another folder if it is the temporary one"
+    return "; set TMPDIR to a folder that can be written" if "No usable temporary directory" in str(error) else ""
 
 
 def _fail(message: str, code: int, *, kind: str = "error: ") -> int:
@@ -77,6 +93,11 @@ def _of_the_world(error: RuntimeError) -> str:
     if is_peer_failure(error):
         return (
             "lost contact with another process, which was killed or whose machine is gone; run the same command again to resume"
+        )
+    if "No space left on device" in str(error):  # from PyTorch, in any process
+        return (
+            f"no space left on device ({' '.join(str(error).split())[-200:]}): shared memory (/dev/shm) or the temporary "
+            "folder is full; try fewer --workers, more shared memory (docker run --shm-size 8g), or set TMPDIR"
         )
     if launched():
         claim_first_failure(str(error))  # the other processes need not wait
@@ -184,13 +205,29 @@ def build_parser() -> Parser:
     pack.add_argument("--resize", type=int, metavar="PIXELS", help="decode once, make the short side this long, write JPEG")
     pack.add_argument("--quality", type=int, default=95, help="of the JPEGs of --resize (default: %(default)s)")
     pack.add_argument("--seed", type=int, default=0, help="of the order in the shards")
+    _strict(pack)
     pack.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE", help="stop above this share of unreadable images")
+
+    text = (
+        "read a whole data set once and report what is wrong with it; exit code 0: fine, 1: problems found, 2: cannot be read"
+    )
+    check = command("check", "data_check.run_check", text, inside=actions)
+    check.add_argument("data", metavar="FOLDER|SHARDS", help="as for --data of the other commands")
+    check.add_argument("--workers", type=int, help="threads that read and decode (default: the cores)")
+    check.add_argument("--json", action="store_true", help="print everything that was found as JSON instead of a table")
+    check.add_argument("--strict", action="store_true", help="odd formats are problems, too")
 
     commands.add_parser("bench", help="measurements, from a checkout: `cammask bench X` is `python -m bench X`")
     return parser
 
 
+def _strict(parser: Parser) -> None:
+    text = "an error, instead of a line, for whatever is skipped, ignored, renamed, matched or guessed in the data"
+    parser.add_argument("--strict", action="store_true", help=text)
+
+
 def _data(parser: Parser, *, table: bool = False) -> None:
+    _strict(parser)
     if not table:
         text = (
             "image folder, tar shards (a folder, a pattern in braces, a .txt list), or texture-digits: the embedded benchmark"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cammask_fast.data.datasets.image_folder import read_class_names, scan
+from cammask_fast.data.class_names import class_list, read_class_names
+from cammask_fast.data.datasets.image_folder import scan
 from cammask_fast.data.factory import DataSubset, training_sources
+from cammask_fast.data.layout import find_splits
 from cammask_fast.data.splits import few_shot, hold_out, hold_out_images, labelled_by, of_classes
+from cammask_fast.data.transforms import Transform, decode
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
@@ -142,10 +147,109 @@ def test_bad_folders(tmp_path: Path) -> None:
             DataSubset(**wrong)  # type: ignore[arg-type]
 
 
-def test_an_empty_class_folder_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_empty_class_folder_is_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folder(tmp_path, {"a": 2, "c": 1})
     (tmp_path / "b").mkdir()
     found = scan(tmp_path)
     assert found.folders == ("a", "c")
     assert found.labels.tolist() == [0, 0, 1]
-    assert "no images in b" in caplog.text
+    assert "class folders without images, left out: 1, b" in capsys.readouterr().err
+
+
+def test_images_one_folder_deeper_and_other_formats_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path, {"a": 4, "b": 12, "a/images": 5})
+    for i in range(5):
+        write_image(tmp_path / "a" / f"{i}.tif", i)
+        (tmp_path / "a" / f"{i}.jfif").write_bytes((tmp_path / "a" / "00.jpg").read_bytes())
+        (tmp_path / "a" / f"x{i}.JPEG.jpg").write_bytes((tmp_path / "a" / "00.jpg").read_bytes())
+        write_image(tmp_path / "a" / f"{i}.avif", i)
+    found = scan(tmp_path)
+    assert torch.bincount(found.labels).tolist() == [29, 12]
+    for index in range(29):
+        assert decode(found.read(index), Transform(size=16)).shape == (16, 16, 3), found.name(index)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "images in folders below a class folder (images), taken for that class: 5" in error
+
+
+def test_what_is_ignored_is_one_line_with_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path, {"a": 1, "b": 1, "a/x/y": 2})
+    for name in (
+        "a/1.heic",
+        "a/2.HEIC",
+        "b/notes.txt",
+        "b/noext",
+        "a/.DS_Store",
+        "a/._00.jpg",
+        "a/Thumbs.db",
+        "__MACOSX/a/0.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    write_image(tmp_path / "loose.png", 1)
+    assert len(scan(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for part in (
+        "ignored files and folders: 11, of which ", "2 .heic (a format that is not read; convert to .jpg or .png)",
+        "1 .txt (such as",
+        "1 without a suffix", "2 images more than one folder below a class", "1 images outside class folders", "2 hidden",
+        "2 left by the system",
+    ):  # fmt: skip
+        assert part in error
+    shutil.rmtree(tmp_path / "__MACOSX")
+    make_folder(tmp_path / "litter", {"a": 1, "b": 1})
+    (tmp_path / "litter" / "a" / "Thumbs.db").write_bytes(b"x")
+    scan(tmp_path / "litter")
+    assert "warning" not in (error := capsys.readouterr().err)
+    assert "ignored files and folders: 1, of which 1 left by the system" in error
+
+
+def test_folders_two_levels_below_are_no_classes(tmp_path: Path) -> None:
+    make_folder(tmp_path / "sets", {"cows/a": 1, "cows/b": 1, "birds/c": 1})
+    with pytest.raises(
+        ValueError, match=r"one level below, as in .*birds/c/00.jpg: name the folder whose folders are the classes"
+    ):
+        scan(tmp_path / "sets")
+    make_folder(tmp_path / "tiny", {"n1/images": 2, "n2/images": 1})
+    assert scan(tmp_path / "tiny").labels.tolist() == [0, 0, 1]
+
+
+def test_links_in_circles_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "self").symlink_to(tmp_path)
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "loop").symlink_to("loop")
+    (tmp_path / "b" / "loop.jpg").symlink_to("loop.jpg")
+    found = scan(tmp_path)
+    assert found.files == ("a/00.jpg", "b/00.jpg", "b/loop.jpg")
+    with pytest.raises(OSError, match="symbolic links"):
+        found.read(2)
+    error = capsys.readouterr().err
+    assert error.count("links to a folder that is read already") == 3
+    assert "1 without a suffix" in error
+    assert find_splits(str(tmp_path)) == {}
+
+
+def test_names_that_are_not_utf_8_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path, {"a": 1, os.fsdecode(b"caf\xe9"): 2})
+    found = scan(tmp_path)
+    assert found.folders == ("a", r"caf\xe9")
+    assert len(found.read(2)) > 0
+    assert r"folder names escaped, as they are not UTF-8 or hold control characters: 1, caf\xe9" in capsys.readouterr().err
+
+
+def test_odd_names_keep_their_labels(tmp_path: Path) -> None:
+    names = ["a,b", "c\td", "dog ", " e"]
+    make_folder(tmp_path / "train", dict.fromkeys(names, 2))
+    make_folder(tmp_path / "val", {"a,b": 1, "c\td": 1, "dog": 1, "e": 1})
+    train, val = training_sources(str(tmp_path), DataSubset(), seed=0)
+    assert val is not None
+    assert train.folders == tuple(sorted(names))
+    assert [train.folders[label].strip() for label in val.labels.tolist()] == ["a,b", "c\td", "dog", "e"]
+    assert of_classes(train, class_list('"a,b",dog')).folders == ("a,b", "dog ")
+    make_folder(tmp_path / "val", {"DOG": 1})
+    with pytest.raises(ValueError, match=r"did you mean 'dog ' for 'DOG'"):
+        training_sources(str(tmp_path), DataSubset(), seed=0)

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from cammask_fast.data.datasets.image_folder import scan
-from cammask_fast.data.datasets.webdataset import index_of, open_shards
+from cammask_fast.data.datasets.shard_index import index_of
+from cammask_fast.data.datasets.webdataset import open_shards
 from cammask_fast.data.loaders.dali_loader import DaliLoader
 from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import UnreadableSamples

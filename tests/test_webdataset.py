@@ -15,7 +15,8 @@ from PIL import Image
 
 from cammask_fast.cli import main
 from cammask_fast.data.datasets.image_folder import scan
-from cammask_fast.data.datasets.webdataset import INDEX, expand_braces, index_of, open_shards, shard_paths, write_classes
+from cammask_fast.data.datasets.shard_index import INDEX, index_of
+from cammask_fast.data.datasets.webdataset import expand_braces, open_shards, shard_paths, write_classes
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.pack import pack
 from tests.test_folder import make_folder, write_image

@@ -29,7 +29,7 @@ def files() -> list[str]:
     marked = [path for path in TESTS.rglob("test_*.py") if MARKED.search(path.read_text())]
 
     def rank(path: Path) -> tuple[int, str]:
-        return next((place for place, word in enumerate(ORDER) if word in path.stem), len(ORDER)), path.stem
+        return next((index for index, word in enumerate(ORDER) if word in path.stem), len(ORDER)), path.stem
 
     return [str(path.relative_to(ROOT)) for path in sorted(marked, key=rank)]
 

@@ -61,12 +61,12 @@ def generated_code(run: Callable[[], Any]) -> str:
 def overlap(code: str) -> Overlap:
     """Count matrix products, all-reduces and waits in generated code."""
     events = [str(match.lastgroup) for match in _EVENT.finditer(code)]
-    products = [place for place, event in enumerate(events) if event == "product"]
-    sent = [place for place, event in enumerate(events) if event == "all_reduce"]
+    products = [index for index, event in enumerate(events) if event == "product"]
+    sent = [index for index, event in enumerate(events) if event == "all_reduce"]
     last = products[-1] if products else -1
     return Overlap(
         products=len(products),
         all_reduces=len(sent),
-        products_after_first_all_reduce=sum(place > sent[0] for place in products) if sent else 0,
+        products_after_first_all_reduce=sum(index > sent[0] for index in products) if sent else 0,
         waits_before_last_product=sum(event == "wait" for event in events[: last + 1]),
     )

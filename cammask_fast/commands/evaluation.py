@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import vit_config
 from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
 from cammask_fast.progress import score_table
+from cammask_fast.runtime.notices import notice, noticed
 from cammask_fast.wise_ft import interpolations
 
 
@@ -31,6 +33,7 @@ def run_evaluate(args: Options) -> None:
             args["data"], image_size=description.vit.image_size, class_folders=folders,
             loader_config=loader_config_of(args, device, args["out"], dist_info), allow_incomplete=args["allow_incomplete"],
         )  # fmt: skip
+        tell_seen(sets, description.run.get("trained_on"))
         scores = {name: of_set[0] for name, of_set in scores_of([model.to(device)], sets, args).items()}
         show_scores(scores, sets, args, dist_info)
 
@@ -86,6 +89,13 @@ def run_wise_ft(args: Options) -> None:
         print(f"{row['alpha']:5.2f}  " + "  ".join(cells))
 
 
+def tell_seen(sets: Mapping[str, EvaluationSet], trained_on: str | None) -> None:
+    """Say where a set is the one that the model was trained on. trained_on: the index of its training images."""
+    for name in sets:
+        if trained_on is not None and os.path.realpath(name) == trained_on:
+            notice(f"{name}: the model was trained on images of this set, so its accuracy there says little about new images")
+
+
 def scores_of(models: Sequence[Classifier], sets: Mapping[str, EvaluationSet], args: Options) -> dict[str, list[Score]]:
     """A score per model on every set, in the precision asked for; each set is read once."""
     device: str = device_of(args)
@@ -120,19 +130,22 @@ def show_scores(scores: Mapping[str, Score], sets: Mapping[str, EvaluationSet], 
         for name, score in scores.items()
     ]  # fmt: skip
     average = average_ood({name: score.top1 for name, score in scores.items()})
-    record = {"sets": rows, "average": None if average is None else {"name": average[0], "accuracy": average[1]}}
+    record = {
+        "sets": rows, "average": None if average is None else {"name": average[0], "accuracy": average[1]},
+        "notices": noticed(),
+    }  # fmt: skip
     text = json.dumps(record, indent=1)
+    print(text if args["json"] else score_table(rows, average), flush=True)
     if args["out"] is not None:
         write_scores(args["out"], text, rows)
-    print(text if args["json"] else score_table(rows, average))
 
 
 def write_scores(folder: Path, text: str, rows: Sequence[Mapping[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
     numbers = ("data", "images", "classes", "accuracy", "top5", "calibration_error")
-    with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
+    with (folder / "scores.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file).writerows([numbers, *([row[name] for name in numbers] for row in rows)])
-    with (folder / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
+    with (folder / "per_class.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         of_class = [(row["data"], name, value) for row in rows for name, value in row["per_class"].items() if value is not None]
         csv.writer(file).writerows([("data", "class", "accuracy"), *of_class])

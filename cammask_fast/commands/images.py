@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cammask_fast.commands.shared import Options, device_of
+from cammask_fast.commands.shared import Options, device_of, max_bad_of
 from cammask_fast.data.datasets.image_folder import scan
 from cammask_fast.data.factory import preview_rows
+from cammask_fast.data.layout import find_splits
 from cammask_fast.data.loaders.config import REPORT
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.pack import pack
@@ -31,10 +32,10 @@ def run_preview(args: Options) -> None:
 
 def run_pack(args: Options) -> None:
     root, out = Path(args["folder"]), args["out"]
-    splits = [name for name in ("train", "val") if (root / name).is_dir()] or [""]
-    for split in splits:
-        source = scan(root / split)
-        bad = UnreadableSamples(source.where, len(source), max_share=args["max_bad"], report=out / split / REPORT)
+    splits = [path for path in find_splits(args["folder"]).values() if isinstance(path, str)] or [args["folder"]]
+    for path in splits:
+        source, split = scan(Path(path)), Path(path).relative_to(root)
+        bad = UnreadableSamples(source.where, len(source), max_share=max_bad_of(args), report=out / split / REPORT)
         shards = pack(
             source, out / split, per_shard=args["per_shard"], resize=args["resize"], quality=args["quality"], seed=args["seed"],
             bad=bad, progress=lambda done, total: print(f"{done}/{total} images", file=sys.stderr),

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from cammask_fast.checkpoint import Description, save_classifier
-from cammask_fast.data.datasets.image_folder import read_lines
 from cammask_fast.data.loaders.config import REPORT, LoaderConfig
 from cammask_fast.distributed import World
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import load_pretrained
+from cammask_fast.model.templates import read_templates
+from cammask_fast.runtime.notices import remark
 
 Options = dict[str, Any]
 
@@ -26,18 +27,22 @@ def device_of(args: Options) -> str:
 
 
 def loader_config_of(args: Options, device: str, folder: Path | None, world: World | None = None) -> LoaderConfig:
-    """The loaders' options; `folder` gets the list of unreadable images."""
+    """The loaders' options; `folder` gets the list of unreadable images, of which --strict allows none."""
     world = world or World()
     return LoaderConfig(
-        kind=args["loader"], workers=args["workers"], max_bad=args["max_bad"], report=(folder or Path()) / REPORT,
+        kind=args["loader"], workers=args["workers"], max_bad=max_bad_of(args), report=(folder or Path()) / REPORT,
         device=torch.device(device, world.local_rank) if device == "cuda" else device,
         rank=world.rank, world_size=world.size,
         hardware_share=args["hardware_share"],
     )  # fmt: skip
 
 
+def max_bad_of(args: Options) -> float:
+    return 0.0 if args.get("strict") else args["max_bad"]
+
+
 def zero_shot_model(arch: str, pretrained: str, class_names: Sequence[str], templates: Path | None, device: str) -> Classifier:
-    chosen = () if templates is None else read_lines(templates)
+    chosen = () if templates is None else read_templates(templates)
     return load_pretrained(arch, pretrained).classifier(class_names, chosen).to(device)
 
 
@@ -49,14 +54,14 @@ def save(folder: Path, models: Mapping[str, Classifier], arch: str, class_names:
 
 
 def say_unreadable(dist_info: World, *loaders: Any) -> None:
-    """A line on stderr for every loader that left images out, in any process."""
+    """A line for every loader that left images out, in any process; to be called by all of them."""
     for loader in loaders:
         bad = getattr(loader, "bad", None)
         if bad is None:
             continue
         bad.gather()
         if bad and dist_info.is_main_process:
-            print(f"cammask: {bad.summary()}", file=sys.stderr)
+            remark(bad.summary())
 
 
 def warn(message: str) -> None:

@@ -17,7 +17,9 @@ from cammask_fast import __version__
 from cammask_fast.checkpoint import Checkpoints, describe_run
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, warn, zero_shot_model
 from cammask_fast.config import OptimConfig, TrainConfig, load_recipe, options_of
-from cammask_fast.data.factory import DataSubset, TrainingData, class_list, open_training
+from cammask_fast.data.class_names import class_list
+from cammask_fast.data.factory import DataSubset, TrainingData, open_training
+from cammask_fast.data.text_files import read_text
 from cammask_fast.data.transforms import Augment
 from cammask_fast.distributed import World, all_gather_object, check_same_on_all_ranks, init_distributed
 from cammask_fast.evaluate import accuracy
@@ -26,6 +28,7 @@ from cammask_fast.model.pretrained import vit_config
 from cammask_fast.profiling import StepProfiler
 from cammask_fast.progress import TrainingProgress
 from cammask_fast.runtime.files import write_text
+from cammask_fast.runtime.notices import noticed
 from cammask_fast.runtime.run_dir import CHECKPOINTS, RunLock, RunLog, clear, record_launch, torchrun_id, was_launched_by
 from cammask_fast.runtime.signals import GracefulShutdown
 from cammask_fast.step import build_strategy
@@ -71,8 +74,9 @@ def train_here(
     settings = {
         **flat(config.to_dict()), "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
         "augment": args["augment"], "loader": type(data.train).__name__, "processes": dist_info.size,
-        "classes": digest(data.class_folders, data.class_names), "train_labels": digest(data.train.labels.tolist()),
-        "templates": digest(args["templates"] and args["templates"].read_text(encoding="utf-8")), "cammask_fast": __version__,
+        "classes": digest(data.class_folders, data.class_names), "train_images": len(data.train.labels),
+        "images": data.fingerprint, "train_labels": digest(data.train.labels.tolist()),
+        "templates": digest(args["templates"] and read_text(args["templates"])), "cammask_fast": __version__,
     }  # fmt: skip
     check_same_on_all_ranks(settings)
     started = time.perf_counter()
@@ -81,11 +85,14 @@ def train_here(
             if args["overwrite"] and not was_launched_by(out, launchers):
                 clear(out)
             record_launch(out, launchers)
+            for line in data.summary:
+                print(line, flush=True)
         models, watched = (
             train_with_progress(model, data, config, args, out, settings, dist_info, stop) if trains else ({"best": model}, {})
         )
         seconds = time.perf_counter() - started
         score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
+        say_unreadable(dist_info, data.train, data.validation)
         if dist_info.is_main_process:
             run = {
                 **describe_run(config.to_dict(), score, data.class_names),
@@ -93,12 +100,12 @@ def train_here(
                 "class_folders": data.class_folders, "train_images": len(data.train.labels), "seconds": round(seconds, 1),
                 **watched, "processes": dist_info.size,
                 "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
+                "trained_on": data.path if trains else None, "notices": noticed(),
             }  # fmt: skip
             save(out, models, arch, data.class_names, run)
             write_text(out / "run.json", json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n")
             validated = "" if score is None else f"validation accuracy {score:.2f} %, "
             print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
-        say_unreadable(dist_info, data.train, data.validation)
 
 
 def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:

@@ -19,7 +19,7 @@ DEEP = "cammask_png"
 """Key of `Image.info` under which a PNG of 16 bits keeps its bytes: PIL reads the upper half of its colours only."""
 DEPTHS = (8, 10, 12, 14, 16)
 HEADER = 8  # bytes of a PNG before its first chunk
-BIT_DEPTH = 24  # place in a PNG of its bits per channel
+BIT_DEPTH = 24  # offset in a PNG of its bits per channel
 
 
 def keep_deep(image: Image.Image, data: bytes) -> None:
@@ -69,12 +69,12 @@ def bits_used(highest: int, declared: int | None) -> int:
 
 def significant_bits(png: bytes) -> int | None:
     """What the sBIT chunk of a PNG says of its first channel; None without one."""
-    place = HEADER
-    while place + 9 <= len(png):
-        kind = png[place + 4 : place + 8]
+    offset = HEADER
+    while offset + 9 <= len(png):
+        kind = png[offset + 4 : offset + 8]
         if kind == b"sBIT":
-            return png[place + 8]
+            return png[offset + 8]
         if kind in (b"IDAT", b"IEND"):
             break
-        place += 12 + int.from_bytes(png[place : place + 4], "big")
+        offset += 12 + int.from_bytes(png[offset : offset + 4], "big")
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cammask_fast.data.datasets.image_folder import read_class_names, read_lines, scan
+from cammask_fast.data.class_names import read_class_names
 from cammask_fast.data.datasets.imagenet import KNOWN, find_sets, imagenet_names, open_known, wnids
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES, IMAGE_SIZE
 from cammask_fast.data.datasets.texture_digits_splits import EVALUATION_BATCH as BENCHMARK_BATCH
 from cammask_fast.data.datasets.texture_digits_splits import evaluation_specifications, rendered, training_splits
-from cammask_fast.data.datasets.webdataset import are_shards, open_shards
+from cammask_fast.data.layout import evaluation_location, open_source, training_locations
 from cammask_fast.data.loaders.config import LoaderConfig
 from cammask_fast.data.loaders.dali_loader import DaliLoader
 from cammask_fast.data.loaders.torch_loader import UNREADABLE, TorchLoader
 from cammask_fast.data.splits import few_shot, hold_out, hold_out_images, labelled_by, of_classes
+from cammask_fast.data.summary import summary
 from cammask_fast.data.transforms import Augment, Transform, decode
 from cammask_fast.data.types import ArrayLoader, ImageSource
 
@@ -49,12 +51,16 @@ class DataSubset:
 
 
 class TrainingData(NamedTuple):
-    """Loaders of one run; class_folders are the folder names behind class_names (the prompts' names)."""
+    """Loaders of one run; class_folders are the folder names behind class_names (the prompts' names). fingerprint: of all
+    images (see ImageSource). path: of those to train on. summary: lines that say what will be trained on."""
 
     train: AnyLoader
     validation: AnyLoader | None
     class_names: tuple[str, ...]
     class_folders: tuple[str, ...]
+    fingerprint: str = ""
+    path: str | None = None
+    summary: tuple[str, ...] = ()
 
 
 class EvaluationSet(NamedTuple):
@@ -67,28 +73,22 @@ class EvaluationSet(NamedTuple):
     groups: Tensor
 
 
-def open_source(data: str) -> ImageSource:
-    """Tar shards or a folder of class folders. Raises ValueError when it is neither."""
-    return open_shards(data) if are_shards(data) else scan(Path(data))
-
-
 def training_sources(data: str, subset: DataSubset, *, seed: int) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images of `data`, a folder or shards, perhaps with `train` and `val` inside.
+    """Training and validation images of `data`, a folder or shards, perhaps with splits inside.
 
     Raises ValueError on data that cannot be used and on validation classes without training images.
     """
-    root = Path(data)
-    has_train = (root / "train").is_dir()
-    train = open_source(str(root / "train") if has_train else data)
+    train_location, val_location = training_locations(data)
+    train = open_source(train_location)
     if subset.classes:
         train = of_classes(train, subset.classes)
     held_out: ImageSource | None = None
     if subset.val_images is not None:
         train, held_out = hold_out_images(train, subset.val_images, seed=seed)
-    elif subset.val_share is None and has_train and (root / "val").is_dir():
-        held_out = open_source(str(root / "val"))
+    elif subset.val_share is None and val_location is not None:
+        held_out = open_source(val_location)
         if subset.classes:
-            held_out = of_classes(held_out, [name for name in subset.classes if name in held_out.folders])
+            held_out = of_classes(held_out, [name for name in train.folders if name in held_out.folders])
         held_out = labelled_by(held_out, train.folders)
     else:
         share = DEFAULT_VAL_SHARE if subset.val_share is None else subset.val_share
@@ -131,7 +131,11 @@ def open_training(
     validation_loader = None
     if held_out is not None:
         validation_loader = loader_config.build(held_out, Transform(size=image_size), batch_size=EVALUATION_BATCH)
-    return TrainingData(loader, validation_loader, names, images.folders)
+    return TrainingData(
+        loader, validation_loader, names, images.folders,
+        fingerprint=" ".join(one.fingerprint() for one in (images, held_out) if one is not None),
+        path=os.path.realpath(images.where), summary=summary(data, images, held_out, names),
+    )  # fmt: skip
 
 
 def open_evaluation(
@@ -178,9 +182,7 @@ def _open_one(
             name: _open_known(name, folder, image_size, folders, loader_config, allow_incomplete)
             for name, folder in known.items()
         }
-    path = Path(data)
-    inner = next((str(path / name) for name in ("val", "train") if (path / name).is_dir()), data)
-    images = labelled_by(open_source(inner), folders)
+    images = labelled_by(open_source(evaluation_location(data)), folders)
     loader = loader_config.build(images, Transform(size=image_size), batch_size=EVALUATION_BATCH)
     return {images.where: EvaluationSet(loader, images.labels, folders, torch.arange(len(folders)))}
 
@@ -222,15 +224,7 @@ def folders_of(data: Sequence[str]) -> tuple[str, ...]:
         return wnids()
     if data[0] == BENCHMARK:
         return CLASS_NAMES
-    path = Path(data[0])
-    return open_source(next((str(path / name) for name in ("val", "train") if (path / name).is_dir()), data[0])).folders
-
-
-def class_list(text: str) -> tuple[str, ...]:
-    """`--classes`: a file with a class folder per line, or names separated by commas."""
-    if Path(text).is_file():
-        return tuple(line.strip() for line in read_lines(Path(text)))
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    return open_source(evaluation_location(data[0])).folders
 
 
 def _refuse_other_size(image_size: int) -> None:

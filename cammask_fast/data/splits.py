@@ -8,32 +8,37 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cammask_fast.data.datasets.image_folder import some
+from cammask_fast.data.class_names import did_you_mean, match_names, some
 from cammask_fast.data.sampler import epoch_order
 from cammask_fast.data.types import ImageSource
+from cammask_fast.runtime.notices import notice
 
 Source = TypeVar("Source", bound=ImageSource)
 
 
 def labelled_by(source: Source, folders: Sequence[str]) -> Source:
     """The same images with labels that index `folders`. Raises ValueError for a class that is not among them."""
-    known = {name: index for index, name in enumerate(folders)}
-    unknown = [name for name in source.folders if name not in known]
+    matched, unknown = match_names(source.folders, folders)
     if unknown:
         raise ValueError(
             f"{source.where} has class folders outside the {len(folders)} known classes: {some(unknown)}; "
-            f"known: {some(tuple(folders))}. Rename or remove them"
+            f"known: {some(tuple(folders))}. Rename or remove them{did_you_mean(unknown, folders)}"
         )
-    new_label = torch.tensor([known[name] for name in source.folders])
+    known = {name: index for index, name in enumerate(folders)}
+    new_label = torch.tensor([known[name] for name in matched])
     return source.with_classes(tuple(folders), new_label[source.labels])
 
 
 def of_classes(source: Source, folders: Sequence[str]) -> Source:
     """The images of the given classes alone, labelled by their order. Raises ValueError for classes without images."""
-    chosen = tuple(dict.fromkeys(folders))
-    missing = [name for name in chosen if name not in source.folders]
-    if missing or not chosen:
-        raise ValueError(f"{source.where} has no class {some(missing)}; it has {some(source.folders)}")
+    matched, missing = match_names(folders, source.folders)
+    if missing or not folders:
+        raise ValueError(
+            f"{source.where} has no class {some(missing)}; it has {some(source.folders)}{did_you_mean(missing, source.folders)}"
+        )
+    chosen = tuple(dict.fromkeys(matched))
+    if len(chosen) < len(matched):
+        notice(f"--classes: names that repeat an earlier one: {len(matched) - len(chosen)}")
     new_label = torch.full((len(source.folders),), -1)
     new_label[torch.tensor([source.folders.index(name) for name in chosen])] = torch.arange(len(chosen))
     kept = source.subset((new_label[source.labels] >= 0).nonzero()[:, 0])

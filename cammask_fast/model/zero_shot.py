@@ -15,6 +15,7 @@ from torch import Tensor
 from cammask_fast.data.datasets.texture_digits import TEMPLATES
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.files import load_exactly, read_safetensors
+from cammask_fast.model.templates import template_fault
 from cammask_fast.model.tiny_clip import build_tiny_clip, tokenizer
 from cammask_fast.model.vit import VisionTransformer
 
@@ -33,8 +34,9 @@ def zero_shot_weights(
     if not class_names:
         raise ValueError("class names: expected at least one")
     for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"prompt template {template!r} has no {{}} for the class name")
+        fault = template_fault(template)
+        if fault:
+            raise ValueError(f"prompt template {template!r}: {fault}")
     formatters = [template.format for template in templates]
     weights = open_clip.build_zero_shot_classifier(clip, tokenize, list(class_names), formatters)  # (E, K)
     return weights.T.float() * clip.logit_scale.exp().float()

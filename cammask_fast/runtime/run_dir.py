@@ -18,6 +18,7 @@ from typing import Any
 
 from cammask_fast.runtime.env import launched
 from cammask_fast.runtime.files import write_text
+from cammask_fast.runtime.notices import notice
 
 LOCK, LOG, CHECKPOINTS, LAUNCH = "lock", "log.jsonl", "checkpoints", "launch.json"
 HEARTBEAT = 15.0
@@ -29,6 +30,8 @@ RESUME_MUTABLE = ("data", "compile", "device", "max_skipped")
 """Settings that may change when a run goes on: they do not change what it computes, but for rounding."""
 FORMER_VALUES = {"PlainLoader": "TorchLoader"}
 """Values in the settings of runs that version 0.1.0 began, and what they are called now."""
+NOTED = ("images",)
+"""Settings whose change is told: with other images of the same classes a run can go on, but it is not the same run."""
 RESUME_MUTABLE_WITH_GLOBAL_DONORS = ("processes", "accumulate")
 
 
@@ -202,10 +205,15 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path
     different = [
         f"{name} {now.get(name)} instead of {before.get(name)}"
         for name in sorted(before.keys() | now.keys())
-        if name not in free and before.get(name) != now.get(name)
+        if name not in (*free, *NOTED) and before.get(name) != now.get(name)
     ]
     if different:
         raise ValueError(
             f"the run in {path} was started with other settings: {', '.join(different)}. Resume with those settings, choose "
             "another --out, or start over with --overwrite"
+        )
+    if any(name in before and before[name] != now.get(name) for name in NOTED):
+        notice(
+            f"the images have changed since the run in {path} was started (other files, names or sizes): it resumes with "
+            "those that are there now"
         )

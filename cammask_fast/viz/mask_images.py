@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cammask_fast.cam import relevance_of
-from cammask_fast.data.datasets.image_folder import images_in
 from cammask_fast.data.datasets.texture_digits import BACKGROUNDS, CLASS_NAMES, TEMPLATES
+from cammask_fast.data.files import images_in
 from cammask_fast.data.loaders.torch_loader import UNREADABLE, error_reason
 from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.kernels.reference import normalise_relevance

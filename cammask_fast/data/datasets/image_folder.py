@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-log = logging.getLogger(__name__)
+from cammask_fast.data.class_names import some
+from cammask_fast.data.files import SUFFIXES, Ignored, count_images_below, identity, listing
+from cammask_fast.data.sampler import digest
+from cammask_fast.data.text_files import printable
+from cammask_fast.runtime.notices import notice
+
+SIZES_SEEN = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,11 @@ class ImageFolder:
     def name(self, index: int) -> str:
         return str(self.root / self.files[index])
 
+    def fingerprint(self) -> str:
+        """A digest of all names, and of the sizes of up to 1000 files spread over them."""
+        chosen = range(0, len(self), -(-len(self) // SIZES_SEEN) or 1)
+        return digest("\n".join(self.files), [_size(self.root / self.files[index]) for index in chosen])
+
     def subset(self, chosen: Tensor) -> ImageFolder:
         """The images at the indices `chosen`, int64 (n,), in that order; classes stay."""
         return replace(self, files=tuple(self.files[i] for i in chosen.tolist()), labels=self.labels[chosen])
@@ -48,76 +56,96 @@ class ImageFolder:
         return replace(self, folders=folders, labels=labels)
 
 
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
+
+
 def scan(root: Path) -> ImageFolder:
     """Images in the class folders directly inside `root`, sorted by class and file name.
 
-    Hidden files and files that are no images by their suffix are ignored, and so are class folders without images, with a
-    warning; symbolic links are followed. Raises ValueError when the folder is missing or holds no images in class folders.
+    Images one folder deeper belong to the class, too. What is ignored (other files, deeper folders, class folders without
+    images) is told with a count; symbolic links are followed, but not in circles. Names that are not UTF-8 are escaped. Raises
+    ValueError when the folder is missing or holds no images in class folders.
     """
     if not root.is_dir():
-        raise ValueError(f"no folder at {root}: expected FOLDER/train/<class>/*.jpg or FOLDER/<class>/*.jpg")
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    found = {folder: _images_in(root / folder) for folder in folders}
+        raise ValueError(f"no folder at {root}: expected FOLDER/train/<class>/*.jpg or FOLDER/<class>/*.jpg{_there(root)}")
+    ignored = Ignored()
+    loose, folders = listing(root, ignored)
+    if loose:
+        ignored.add("images outside class folders", str(root / loose[0]), len(loose))
+    found = {folder: _class_images(root, folder, ignored) for folder in _without_circles(root, folders, ignored)}
     if not any(found.values()):
-        loose = " (its images lie outside class folders)" if _images_in(root) else ""
-        raise ValueError(f"no images in class folders of {root}{loose}: expected <class>/*.jpg ({', '.join(SUFFIXES)})")
-    empty = [name for name, images in found.items() if not images]
+        lying = " (its images lie outside class folders)" if loose else ""
+        raise ValueError(f"no images in class folders of {root}{lying}: expected <class>/*.jpg ({', '.join(SUFFIXES)})")
+    _tell_deeper(root, found)
+    empty = [printable(name) for name, images in found.items() if not images]
     if empty:
-        log.warning("%s: no images in %s: left out", root, some(empty))
+        notice(f"{root}: class folders without images, left out: {len(empty)}, {some(empty)}")
+    ignored.tell(str(root))
     found = {name: images for name, images in found.items() if images}
+    names = [printable(name) for name in found]
+    escaped = [name for name, raw in zip(names, found, strict=True) if name != raw]
+    if escaped:
+        notice(
+            f"{root}: folder names escaped, as they are not UTF-8 or hold control characters: {len(escaped)}, {some(escaped)}"
+        )
     return ImageFolder(
         root=root,
-        folders=tuple(found),
+        folders=tuple(names),
         files=tuple(f"{name}/{image}" for name, images in found.items() for image in images),
         labels=torch.repeat_interleave(torch.tensor([len(images) for images in found.values()])),
     )
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The images directly inside a folder, sorted. Raises ValueError when there are none."""
-    found = _images_in(folder) if folder.is_dir() else []
-    if not found:
-        raise ValueError(f"no images in {folder}: expected a folder with {', '.join(SUFFIXES)} files")
-    return [folder / name for name in found]
+def _without_circles(root: Path, folders: list[str], ignored: Ignored) -> list[str]:
+    """The folders that are neither `root` nor one that holds it, nor one of the others under another name."""
+    seen = {identity(folder): str(folder) for folder in (root.resolve(), *root.resolve().parents)}
+    kept = []
+    for name in folders:
+        own = identity(root / name)
+        if own in seen:
+            ignored.add(f"links to a folder that is read already ({seen[own]})", str(root / name))
+        else:
+            seen[own] = str(root / name)
+            kept.append(name)
+    return kept
 
 
-def _images_in(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        shown = [e for e in entries if not e.name.startswith(".") and os.path.splitext(e.name)[1].lower() in SUFFIXES]
-        return sorted(entry.name for entry in shown if entry.is_file() or (entry.is_symlink() and not entry.is_dir()))
+def _class_images(root: Path, name: str, ignored: Ignored) -> list[str]:
+    """Images of a class, directly in its folder and one folder deeper, as paths below the class folder."""
+    images, inner = listing(root / name, ignored)
+    for one in _without_circles(root / name, inner, ignored):
+        deeper, beyond = listing(root / name / one, ignored)
+        images += [f"{one}/{image}" for image in deeper]
+        lost = sum(count_images_below(root / name / one / further) for further in beyond)
+        if lost:
+            ignored.add("images more than one folder below a class", str(root / name / one), lost)
+    return images
 
 
-def read_class_names(file: Path | None, folders: tuple[str, ...]) -> tuple[str, ...]:
-    """One class name per folder, for the prompts.
-
-    Without a file: the folder names, underscores read as spaces. The file has one name per line in the order of the folders,
-    or lines `folder<TAB>name` in any order. Raises ValueError when names and folders do not match.
-    """
-    if file is None:
-        return tuple(folder.replace("_", " ") for folder in folders)
-    lines = read_lines(file)
-    if all("\t" in line for line in lines):
-        named = dict(line.split("\t", 1) for line in lines)
-        missing = [folder for folder in folders if folder not in named]
-        if missing:
-            raise ValueError(f"{file} names no class for the folders {some(missing)}")
-        return tuple(named[folder].strip() for folder in folders)
-    if len(lines) != len(folders):
-        raise ValueError(f"{file} has {len(lines)} class names for {len(folders)} class folders: write one line per folder")
-    return tuple(line.strip() for line in lines)
+def _tell_deeper(root: Path, found: dict[str, list[str]]) -> None:
+    """Say how many images lie below class folders. Raises ValueError where the folders below look like the classes."""
+    deeper = [(name, image) for name, images in found.items() for image in images if "/" in image]
+    if not deeper:
+        return
+    inner = sorted({image.rpartition("/")[0] for _, image in deeper})
+    if len(inner) > 1 and len(deeper) == sum(map(len, found.values())):
+        raise ValueError(
+            f"no images in class folders of {root}, but one level below, as in {root}/{deeper[0][0]}/{deeper[0][1]}: name the "
+            "folder whose folders are the classes"
+        )
+    notice(
+        f"{root}: images in folders below a class folder ({some(inner)}), taken for that class: {len(deeper)}; move them away "
+        "if they are no photographs of it"
+    )
 
 
-def read_lines(file: Path) -> list[str]:
-    """The lines of a UTF-8 text file that are not blank. Raises ValueError when there are none or it cannot be read."""
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {file} as text: {error}") from None
-    if not lines:
-        raise ValueError(f"{file} is empty: expected one entry per line")
-    return lines
-
-
-def some(names: list[str] | tuple[str, ...], limit: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _there(path: Path) -> str:
+    """What lies where something is missing, for an error message."""
+    if not path.parent.is_dir():
+        return ""
+    names = [printable(name) for name in listing(path.parent).folders]
+    return f"; {path.parent} holds {some(names)}" if names else ""

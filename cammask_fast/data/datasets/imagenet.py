@@ -18,8 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cammask_fast.data.datasets.image_folder import ImageFolder, read_lines, scan, some
+from cammask_fast.data.class_names import some
+from cammask_fast.data.datasets.image_folder import ImageFolder, scan
 from cammask_fast.data.splits import of_classes
+from cammask_fast.data.text_files import read_lines
 
 WNID = re.compile(r"n\d{8}")
 OBJECTNET_BORDER = 2

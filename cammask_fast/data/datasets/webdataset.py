@@ -1,38 +1,33 @@
 """WebDataset tar shards: `.tar` files whose members share a key, an image and its `.cls` or `.json`.
 
-The shards are indexed once (offset and size of every image), and samples are then read from anywhere in them: order, ranks
-and resuming work as with folders, however many shards there are.
+The shards are indexed once (`shard_index`), and samples are then read from anywhere in them: order, ranks and resuming work as
+with folders, however many shards there are.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import glob
 import os
 import re
-import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cammask_fast.data.datasets.image_folder import SUFFIXES, read_lines
-from cammask_fast.runtime.files import atomic_write
+from cammask_fast.data.class_names import read_classes_file, some
+from cammask_fast.data.datasets.imagenet import wnids
+from cammask_fast.data.datasets.shard_index import HIDDEN, NO_LABEL, ShardIndex, index_of
+from cammask_fast.data.files import has_images, listing
+from cammask_fast.data.sampler import digest
+from cammask_fast.data.text_files import read_lines
+from cammask_fast.runtime.notices import notice, remark
 
 CLASSES = "classes.txt"
-INDEX = ".index.json"
-INDEX_FORMAT = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardIndex:
-    """What one shard holds. samples: (key, offset, size, label) per image; faults: (location, reason) of what was lost."""
-
-    samples: tuple[tuple[str, int, int, int], ...]
-    faults: tuple[tuple[str, str], ...]
+FEW_CLASSES = 1000
+"""Labels below it are indices into a list of classes even where most of these have no images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +62,10 @@ class TarShards:
 
     def name(self, index: int) -> str:
         return f"{self.shards[int(self.shard_of[index])]}/{self.keys[index]}"
+
+    def fingerprint(self) -> str:
+        """A digest of all keys and sizes."""
+        return digest("\n".join(self.keys), self.sizes.tolist())
 
     def subset(self, chosen: Tensor) -> TarShards:
         """The images at the indices `chosen`, int64 (n,), in that order; classes stay."""
@@ -104,136 +103,147 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def are_shards(data: str) -> bool:
-    """Whether `--data` names shards: a .tar or a pattern of them, a .txt list, or a folder of .tar files."""
+    """Whether `--data` names shards: a .tar or a pattern of them, a .txt list, or a folder of .tar files without folders of
+    images beside them."""
     path = Path(data)
-    return data.endswith((".tar", ".txt")) or (path.is_dir() and any(path.glob("*.tar")))
+    if data.endswith((".tar", ".txt")):
+        return not path.is_dir()
+    beside = sorted(path.glob("*.tar")) if path.is_dir() else []
+    if not beside or not any(has_images(path / one) for one in listing(path).folders):
+        return bool(beside)
+    notice(
+        f"{data}: .tar files beside folders of images, ignored: {len(beside)}, such as {beside[0].name}; "
+        f"--data '{data}/*.tar' reads them"
+    )
+    return False
 
 
 def shard_paths(data: str) -> list[Path]:
-    """The shards that `are_shards` recognises; a list has a path or pattern per line, relative to the list. Raises ValueError
-    when one is missing."""
+    """The shards that `are_shards` recognises. A pattern has braces or, in quotes, the shell's `*`, `?` and `[…]`; a list has a
+    path or pattern per line, relative to the list. Raises ValueError when one is missing or stands twice."""
     path = Path(data)
     if path.is_dir():
         return sorted(path.glob("*.tar"))
     if data.endswith(".txt"):
-        lines = [line.strip() for line in read_lines(path)]
-        found = [path.parent / one for line in lines for one in expand_braces(line)]
+        found = [one for line in read_lines(path) for one in _expanded(str(path.parent / line.strip()))]
     else:
-        found = [Path(one) for one in expand_braces(data)]
+        found = _expanded(data)
     missing = [str(one) for one in found if not one.is_file()]
     if missing:
         raise ValueError(f"{len(missing)} of {len(found)} shards are missing, the first is {missing[0]}")
+    twice = [str(one) for one, count in Counter(found).items() if count > 1]
+    if twice:
+        raise ValueError(f"{data} names {len(twice)} shards more than once, such as {twice[0]}")
+    return found
+
+
+def _expanded(pattern: str) -> list[Path]:
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    found: list[Path] = []
+    for one in expand_braces(pattern):
+        if not glob.has_magic(one) or Path(one).exists():
+            found.append(Path(one))
+            continue
+        matches = sorted(Path(match) for match in glob.glob(one, recursive=True))
+        if not matches:
+            raise ValueError(f"no file matches {one}")
+        found += matches
     return found
 
 
 def open_shards(data: str) -> TarShards:
-    """All samples of the shards that `data` names (see `shard_paths`), in the order of the shards.
+    """All samples of the shards that `data` names (see `shard_paths`, `open_shard_files`)."""
+    return open_shard_files(shard_paths(data), data)
 
-    Class names come from `classes.txt` beside the first shard, one per line in the order of the labels; without it they are the
-    labels themselves. What cannot be indexed (a cut shard, an image without a label) is listed in `faults`. Raises ValueError
-    when there are no samples.
+
+def open_shard_files(shards: Sequence[Path], data: str = "") -> TarShards:
+    """All samples of shards, in their order. data: what names them in messages.
+
+    Class names come from `classes.txt` beside the first shard, one per line in the order of the labels. Without it they are the
+    labels themselves: the numbers from 0, those that occur where most do not, or the names that stand for labels. What cannot
+    be indexed (a cut shard, an image without a label) is listed in `faults`. Raises ValueError when there are no samples.
     """
-    shards = shard_paths(data)
+    data = data or f"{shards[0]} and {len(shards) - 1} more shards"
     indices = [index_of(shard) for shard in shards]
+    _tell(data, indices)
     names = shards[0].parent / CLASSES
-    largest = max((label for index in indices for *_, label in index.samples), default=-1)
-    folders = tuple(line.strip() for line in read_lines(names)) if names.is_file() else tuple(map(str, range(largest + 1)))
+    found = [label for index in indices for *_, label in index.samples]
+    listed = read_classes_file(names) if names.is_file() else None
+    folders, label_of = _labels(data, found) if listed is None else _listed_labels(names, listed, found)
     rows, shard_of = [], []
     faults: list[tuple[str, str]] = []
     for number, (shard, index) in enumerate(zip(shards, indices, strict=True)):
         faults += index.faults
-        for sample in index.samples:
-            if sample[3] < len(folders):
-                rows.append(sample)
+        for key, offset, size, label in index.samples:
+            if label in label_of:
+                rows.append((key, offset, size, label_of[label]))
                 shard_of.append(number)
+            elif listed is not None:
+                faults.append((f"{shard}/{key}", f"label {label}, and {names} has {len(folders)} classes"))
             else:
-                faults.append((f"{shard}/{sample[0]}", f"label {sample[3]}, and {names} has {len(folders)} classes"))
+                faults.append((f"{shard}/{key}", f"{NO_LABEL} (it is {label!r}, where others are numbers)"))
     if not rows:
         reason = f": {faults[0][0]}: {faults[0][1]}" if faults else ""
         raise ValueError(f"no samples in {data}{reason}; expected members such as 000.jpg and 000.cls")
     keys, offsets, sizes, labels = zip(*rows, strict=True)
+    without = len(folders) - len(set(labels))
+    if without:
+        remark(f"{data}: classes without images there: {without} of {len(folders)}")
     return TarShards(
         shards=tuple(shards), keys=keys, shard_of=torch.tensor(shard_of), offsets=torch.tensor(offsets),
         sizes=torch.tensor(sizes), folders=folders, labels=torch.tensor(labels), faults=tuple(faults),
     )  # fmt: skip
 
 
-def index_of(shard: Path) -> ShardIndex:
-    """The index of a shard: read from `<shard>.index.json` if that belongs to the file as it is, else made and, where the
-    folder can be written, kept there."""
-    stat = shard.stat()
-    identity = {"format": INDEX_FORMAT, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    kept = shard.with_name(shard.name + INDEX)
-    try:
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        if {name: found[name] for name in identity} == identity:
-            samples = tuple((str(key), int(offset), int(size), int(label)) for key, offset, size, label in found["samples"])
-            return ShardIndex(
-                samples=samples, faults=tuple((str(location), str(reason)) for location, reason in found["faults"])
-            )
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none, or not ours: made again
-    index = _read_index(shard, stat.st_size)
-    text = json.dumps({**identity, "samples": index.samples, "faults": index.faults})
-    # where the folder cannot be written the index is made again next time
-    with contextlib.suppress(OSError), atomic_write(kept, temporary=f"{kept.name}.{os.getpid()}.part") as part:
-        part.write_text(text, encoding="utf-8")
-    return index
+def _tell(data: str, indices: Sequence[ShardIndex]) -> None:
+    """One line for everything of a kind that was seen while indexing."""
+    counts: Counter[str] = Counter()
+    for index in indices:
+        counts.update(dict(index.notes))
+    for what, count in counts.items():
+        (remark if what == HIDDEN else notice)(f"{data}: {what}: {count}")
+    stale = sum(index.stale for index in indices)
+    if stale:
+        remark(f"{data}: indexes made again, as they were of another state of their shards: {stale} of {len(indices)}")
+    unwritten = [index.unwritten for index in indices if index.unwritten]
+    if unwritten:
+        remark(
+            f"{data}: indexes that cannot be kept ({unwritten[0]}): {len(unwritten)}; these shards are read through at every "
+            "start"
+        )
 
 
-def _read_index(shard: Path, file_size: int) -> ShardIndex:
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    faults: list[tuple[str, str]] = []
-    before, end = -1, 0
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.offset <= before or member.size < 0:
-                    raise tarfile.ReadError("a header that points backwards")
-                before = member.offset
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if not member.isreg() or member.issparse():
-                    continue
-                if member.offset_data + member.size > file_size:
-                    raise tarfile.ReadError("unexpected end of data")
-                folder, _, base = member.name.rpartition("/")
-                key, _, extension = base.partition(".")
-                if key:
-                    of_sample = members.setdefault(f"{folder}/{key}" if folder else key, {})
-                    of_sample[f".{extension.lower()}"] = (member.offset_data, member.size)
-        with open(shard, "rb", buffering=0) as file:  # tarfile takes a damaged header for the end
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("no end mark")
-    except Exception as error:  # tarfile raises a dozen kinds on damaged headers
-        faults.append((str(shard), f"cut off or damaged after {len(members)} samples ({error})"))
-    samples = []
-    with open(shard, "rb", buffering=0) as file:
-        for key, parts in members.items():
-            image = next((extension for extension in parts if extension in SUFFIXES), None)
-            if image is None:
-                faults.append((f"{shard}/{key}", "no image"))
-                continue
-            label = _label({name: os.pread(file.fileno(), min(size, 1 << 20), offset) for name, (offset, size) in parts.items()
-                            if name in (".cls", ".json")})  # fmt: skip
-            if label is None:
-                faults.append((f"{shard}/{key}", "no label: expected .cls with a number, or .json with label or cls"))
-            else:
-                samples.append((key, *parts[image], label))
-    return ShardIndex(samples=tuple(samples), faults=tuple(faults))
+def _listed_labels(
+    file: Path, names: tuple[str, ...], found: Sequence[int | str]
+) -> tuple[tuple[str, ...], dict[int | str, int]]:
+    """The classes of a file, and the index of each label among them, by number or by name. Raises ValueError where numbers
+    start at 1."""
+    label_of: dict[int | str, int] = {label: label for label in range(len(names))}
+    label_of |= {name.strip(): label for label, name in enumerate(names)}
+    numbers = {label for label in found if isinstance(label, int)}
+    if numbers and min(numbers) == 1 and max(numbers) == len(names):
+        raise ValueError(
+            f"the labels are 1 to {len(names)}, and {file} has {len(names)} classes: labels start at 0, write them so"
+        )
+    return names, label_of
 
 
-def _label(parts: dict[str, bytes]) -> int | None:
-    try:
-        found: Any = None
-        if ".cls" in parts:
-            found = parts[".cls"].decode("ascii").strip()
-        elif ".json" in parts:
-            described = json.loads(parts[".json"])
-            found = described.get("label", described.get("cls"))
-        label = int(found)
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return None
-    return label if 0 <= label < 1 << 31 and not isinstance(found, float) else None
+def _labels(data: str, found: Sequence[int | str]) -> tuple[tuple[str, ...], dict[int | str, int]]:
+    """Classes and label indices where no file names them."""
+    numbers = sorted({label for label in found if isinstance(label, int)})
+    if not numbers:
+        words = sorted({label for label in found if isinstance(label, str)})
+        return tuple(words), {word: index for index, word in enumerate(words)}
+    if numbers[-1] < max(2 * len(numbers), FEW_CLASSES):
+        return tuple(map(str, range(numbers[-1] + 1))), {number: number for number in numbers}
+    ids = tuple(f"n{number:08d}" for number in numbers)
+    names = ids if set(ids) <= set(wnids()) else tuple(map(str, numbers))
+    notice(
+        f"{data}: the labels, {numbers[0]} to {numbers[-1]}, are ids and no indices into a list: the classes are the "
+        f"{len(numbers)} that occur, {some(names)}"
+    )
+    return names, {number: index for index, number in enumerate(numbers)}
 
 
 def write_classes(folder: Path, names: Sequence[str]) -> None:

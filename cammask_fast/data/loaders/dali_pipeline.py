@@ -166,12 +166,12 @@ def _rand_augment(images: Any, chosen: Any, signs: Any, augment: Augment) -> Any
 
     suite = get_rand_augment_suite()
     operations, magnitude = augment.rand_augment
-    for place in range(operations):
+    for i in range(operations):
         images = select(
             suite,
-            fn.cast(chosen[place] * len(suite), dtype=types.INT32),
+            fn.cast(chosen[i] * len(suite), dtype=types.INT32),
             data=images,
-            magnitude_bin=signed_bin(magnitude, random_sign=signs[place]),
+            magnitude_bin=signed_bin(magnitude, random_sign=signs[i]),
             num_magnitude_bins=RAND_AUGMENT_BINS,
         )
     return images

@@ -1,0 +1,113 @@
+"""Which files of a folder are images, and a count with reasons of those that are not."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import features
+
+from cammask_fast.runtime.notices import notice, remark
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
+    *((".avif",) if features.check("avif") else ()),
+)  # fmt: skip
+UNREADABLE_FORMATS = (
+    ".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw", ".mp4", ".mov", ".pdf",
+)  # fmt: skip
+"""Formats of pictures that are not read; where Pillow knows AVIF, that is in `SUFFIXES`."""
+LITTER = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information")
+"""What operating systems leave in folders, in lower case; hidden files belong to it, too."""
+
+
+class Ignored:
+    """Files and folders that are not used, by reason. harmless: by reasons that nobody needs to act on."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.harmless: Counter[str] = Counter()
+
+    def add(self, reason: str, path: str, count: int = 1) -> None:
+        self.counts[reason] += count
+        self.examples.setdefault(reason, path)
+
+    def tell(self, where: str) -> None:
+        """One line with all counts: a notice, or a remark where only litter was ignored."""
+        parts = [f"{count} {reason} (such as {self.examples[reason]})" for reason, count in self.counts.most_common()]
+        litter = [f"{count} {reason}" for reason, count in self.harmless.most_common()]
+        if parts or litter:
+            total = self.counts.total() + self.harmless.total()
+            line = f"{where}: ignored files and folders: {total}, of which {', '.join(parts + litter)}"
+            (notice if parts else remark)(line)
+
+
+class Listing(NamedTuple):
+    """Names in a folder, sorted. images: those with a suffix of `SUFFIXES`. folders: visible ones, links followed."""
+
+    images: list[str]
+    folders: list[str]
+
+
+def listing(folder: Path, ignored: Ignored | None = None) -> Listing:
+    """What is directly inside a folder. Raises OSError when it cannot be listed."""
+    ignored = Ignored() if ignored is None else ignored
+    images, folders = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                ignored.harmless["hidden"] += 1
+            elif entry.name.lower() in LITTER:
+                ignored.harmless["left by the system"] += 1
+            elif is_folder(entry):
+                folders.append(entry.name)
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                images.append(entry.name)  # broken links too: an image that cannot be read
+            else:
+                ignored.add(_reason(entry.name), entry.path)
+    return Listing(sorted(images), sorted(folders))
+
+
+def is_folder(entry: os.DirEntry[str] | Path) -> bool:
+    """Whether an entry is a folder or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def has_images(folder: Path, *, depth: int = 1) -> bool:
+    """Whether images lie in a folder, or in its folders down to `depth`."""
+    images, folders = listing(folder)
+    return bool(images) or (depth > 0 and any(has_images(folder / one, depth=depth - 1) for one in folders))
+
+
+def identity(folder: Path) -> tuple[int, int]:
+    """Tells a folder from others, whatever links lead to it."""
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images directly inside a folder, sorted. Raises ValueError when there are none."""
+    found = listing(folder).images if folder.is_dir() else []
+    if not found:
+        raise ValueError(f"no images in {folder}: expected a folder with {', '.join(SUFFIXES)} files")
+    return [folder / name for name in found]
+
+
+def count_images_below(folder: Path) -> int:
+    """Images anywhere below a folder; links to folders are not followed."""
+    return sum(
+        os.path.splitext(name)[1].lower() in SUFFIXES for _, _, names in os.walk(folder) for name in names if name[0] != "."
+    )
+
+
+def _reason(name: str) -> str:
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in UNREADABLE_FORMATS:
+        return f"{suffix} (a format that is not read; convert to .jpg or .png)"
+    return suffix or "without a suffix"
