@@ -21,6 +21,7 @@ from cammask_fast import distributed
 from cammask_fast.cam import cls_rollout, weighted_activation
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.types import Batch
+from cammask_fast.inductor_options import inductor_options
 from cammask_fast.kernels.masked_fill import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
 from cammask_fast.masking import MaskedInput, MaskRandomness, Strategy, masked_input, parse_strategy, sample_mask_randomness
@@ -183,9 +184,9 @@ def _compiled_train_step(
 
     def graph(function: Callable[..., Any]) -> Callable[..., Any]:
         mode = "default" if config.compile in ("auto", "off") else config.compile
-        kwargs: dict[str, Any] = {"mode": mode} if backend == "inductor" else {}
+        kwargs: dict[str, Any] = {"options": inductor_options(mode)} if backend == "inductor" else {}
         if processes > 1 and backend == "inductor":  # gradients travel while the backward pass goes on
-            kwargs = {"options": {**torch._inductor.list_mode_options(mode), "reorder_for_compute_comm_overlap": True}}
+            kwargs["options"]["reorder_for_compute_comm_overlap"] = True
         return torch.compile(function, fullgraph=True, backend=backend, **kwargs)
 
     for tensor in (optimizer.flat, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step, optimizer.position, state.tally):
