@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -77,6 +78,10 @@ class FlatAdamW:
         self.position = torch.zeros_like(self.step)
         """Place in the schedule."""
         self.schedule = schedule_table(config, total_steps=total_steps).to(self.flat.device)
+        lr, beta1 = self.schedule.unbind(1)
+        rates = torch.stack([lr, 1 - lr * config.weight_decay, 1 - beta1, beta1.log()], dim=1)
+        self.rates = rates.to(torch.promote_types(self.flat.dtype, torch.float32))
+        """(total_steps, 4): learning rate, factor of the decay, 1 - beta1 and log beta1 of every step, rounded from float64."""
         for parameter, view in zip(parameters.values(), self.weights().values(), strict=True):
             parameter.data = view
 
@@ -92,20 +97,20 @@ class FlatAdamW:
     def update(self, gradient: Tensor, loss: Tensor) -> Clipped:
         """Clip the flat gradient to `clip_norm` and make one step, in place. Where gradient or loss are not finite, the
         schedule moves on and nothing else changes."""
-        c, dtype = self.config, self.flat.dtype
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(dtype, torch.float32))
+        c, dtype = self.config, self.rates.dtype
+        norm = torch.linalg.vector_norm(gradient, dtype=dtype)
         finite = norm.isfinite() & loss.isfinite()
         self.position.add_(1)
         self.step.add_(finite)
-        lr, beta1 = self.schedule.index_select(0, self.position - 1).unbind(1)  # (1,), float64 as the corrections need it
-        exponent = self.step.to(self.schedule.dtype)
-        correction1, correction2 = 1 - beta1**exponent, 1 - c.beta2**exponent
-        size, root, decay = lr / correction1, correction2.sqrt(), 1 - lr * c.weight_decay
+        lr, decay, rate1, log_beta1 = self.rates.index_select(0, self.position - 1).unbind(1)  # (1,) each
+        updates = self.step.to(dtype)
+        # 1 - beta**updates without its cancellation, so that float32 is enough; float64 is slow on GPUs
+        correction1, correction2 = -torch.expm1(updates * log_beta1), -torch.expm1(updates * math.log(c.beta2))
         gradient = gradient * (c.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        exp_avg = torch.lerp(self.exp_avg, gradient, (1 - beta1).to(dtype))
+        exp_avg = torch.lerp(self.exp_avg, gradient, rate1)
         exp_avg_sq = (self.exp_avg_sq * c.beta2).addcmul(gradient, gradient, value=1 - c.beta2)
-        denominator = exp_avg_sq.sqrt() / root.to(dtype) + c.eps
-        flat = self.flat * decay.to(dtype) - size.to(dtype) * exp_avg / denominator
+        denominator = exp_avg_sq.sqrt() / correction2.sqrt() + c.eps
+        flat = self.flat * decay - lr / correction1 * exp_avg / denominator
         for tensor, new in ((self.flat, flat), (self.exp_avg, exp_avg), (self.exp_avg_sq, exp_avg_sq)):
             tensor.copy_(torch.where(finite, new, tensor))
         return Clipped(finite, norm)

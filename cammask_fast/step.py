@@ -21,7 +21,8 @@ from cammask_fast import distributed
 from cammask_fast.cam import cls_rollout, weighted_activation
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.types import Batch
-from cammask_fast.distributed.overlap import inductor_options
+from cammask_fast.distributed.overlap import overlap_options
+from cammask_fast.inductor_options import inductor_options
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.losses import feature_distillation, logit_distillation
 from cammask_fast.masking import (
@@ -208,13 +209,13 @@ def _compiled_train_step(
 
     def graph(function: Callable[..., Any]) -> Callable[..., Any]:
         mode = "default" if config.compile in ("auto", "off") else config.compile
-        kwargs: dict[str, Any] = {"mode": mode} if backend == "inductor" else {}
+        kwargs: dict[str, Any] = {"options": inductor_options(mode)} if backend == "inductor" else {}
         if processes > 1 and backend == "inductor":  # gradients travel while the backward pass goes on
-            kwargs = {"options": {**torch._inductor.list_mode_options(mode), **inductor_options()}}
+            kwargs["options"] |= overlap_options()
         return torch.compile(function, fullgraph=True, backend=backend, **kwargs)
 
     moments = (optimizer.exp_avg, optimizer.exp_avg_sq)
-    tensors = (optimizer.flat, *moments, optimizer.step, optimizer.position, optimizer.schedule, state.tally, state.sums)
+    tensors = (optimizer.flat, *moments, optimizer.step, optimizer.position, optimizer.rates, state.tally, state.sums)
     for tensor in tensors:
         torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place and copies none of them
     distributed.watch_compiler()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cammask_fast.config import METHODS, OptimConfig, TrainConfig, load_recipe, recipe_names
-from cammask_fast.optim import build_optimizer, build_schedule, schedule_table
+from cammask_fast.optim import FlatAdamW, build_optimizer, build_schedule, clipped_step, schedule_table
 
 
 def test_one_cycle_moves_learning_rate_and_beta1_as_in_the_paper() -> None:
@@ -53,6 +56,66 @@ def test_adamw_decays_every_trained_parameter_and_no_other() -> None:
     optimizer.step()
     assert torch.allclose(trained.detach(), torch.full((2,), 1 - 0.1 * 0.5))
     assert torch.equal(frozen, torch.ones(2))
+
+
+@pytest.mark.slow
+def test_ten_thousand_float32_updates_are_torchs() -> None:
+    """Corrections in float32 against torch's in float64; a rounded decay, lost once, would be 1e-5 off at the end."""
+    steps, config = 10_000, OptimConfig(weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(64, generator=generator)
+    gradients = 0.01 * torch.randn(steps, 64, generator=generator) + 0.003
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    flat, optimizer, loss = (
+        FlatAdamW({"weight": ours}, config, total_steps=steps),
+        build_optimizer([theirs], config),
+        torch.ones(()),
+    )
+    schedule = build_schedule(optimizer, config, total_steps=steps)
+    with torch.no_grad():
+        for step in range(steps):
+            flat.update(gradients[step], loss)
+            theirs.grad = gradients[step].clone()
+            clipped_step(optimizer, [theirs], loss, clip_norm=config.clip_norm)
+            if step + 1 < steps:
+                schedule.step()
+    assert (theirs - start).abs().max() > 0.05, "the weights must have moved"
+    assert (ours - theirs).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.999, 0.9999999])
+def test_bias_corrections_are_right_at_every_step(beta2: float) -> None:
+    """The first update alone and after long runs: one parameter with a constant gradient moves by lr at every step, whatever
+    the corrections, if they are right."""
+    config = OptimConfig(lr=1e-3, weight_decay=0.0, beta2=beta2, pct_start=0.5)
+    weight = nn.Parameter(torch.zeros(1))
+    flat = FlatAdamW({"weight": weight}, config, total_steps=20)
+    for already in (0, 1, 100, 9_999):
+        flat.step.fill_(already)
+        flat.position.zero_()
+        beta1 = flat.schedule[0, 1].item()
+        for moment, beta in ((flat.exp_avg, beta1), (flat.exp_avg_sq, beta2)):
+            moment.fill_(1 - beta**already)  # what `already` gradients of 1 leave
+        before = weight.item()
+        with torch.no_grad():
+            flat.update(torch.ones(1), torch.zeros(()))
+        assert before - weight.item() == pytest.approx(flat.schedule[0, 0].item(), rel=1e-3)
+
+
+def test_the_optimisers_arithmetic_is_that_of_the_weights() -> None:
+    """No float64 result anywhere in an update of float32 weights."""
+    flat = FlatAdamW({"weight": nn.Parameter(torch.zeros(4))}, OptimConfig(), total_steps=3)
+    wide: list[str] = []
+
+    class Types(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            wide.extend(str(func) for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.dtype == torch.float64)
+            return out
+
+    with torch.no_grad(), Types():
+        flat.update(torch.ones(4), torch.zeros(()))
+    assert wide == []
 
 
 def test_defaults_are_the_papers_recipe() -> None:

@@ -18,7 +18,7 @@ from bench.step.overlap import generated_code, overlap, two_ranks
 from cammask_fast import distributed
 from cammask_fast.config import OptimConfig
 from cammask_fast.distributed import sum_gradients
-from cammask_fast.distributed.overlap import inductor_options, overlap_all_reduce
+from cammask_fast.distributed.overlap import overlap_all_reduce, overlap_options
 from cammask_fast.state import TrainState
 from cammask_fast.step import build_strategy, build_train_step, sample_step_randomness
 from tests.test_step import CONFIGS, TINY, batch, pair
@@ -57,7 +57,7 @@ def inputs() -> tuple[list[Tensor], Tensor]:
 @pytest.mark.usefixtures("ranks")
 def test_buckets_travel_under_the_backward_pass_and_change_no_result() -> None:
     """Each layer's all-reduce stands before the products of the layers below it, every wait after the last product."""
-    compiled = torch.compile(perceptron, fullgraph=True, options=inductor_options())
+    compiled = torch.compile(perceptron, fullgraph=True, options=overlap_options())
     found = overlap(generated_code(lambda: compiled(*inputs())))
     assert found.products == 3 * LAYERS - 1
     assert found.all_reduces == LAYERS

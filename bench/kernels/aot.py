@@ -114,10 +114,8 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     ptx, cubin = built.asm["ptx"], built.asm["cubin"]
-    usage = _tool("cuobjdump", ["-res-usage"], cubin)
-    code = _tool("nvdisasm", ["-c"], cubin)
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    lines = code.splitlines()
+    registers, stack = usage(cubin)
+    lines = machine_code(cubin)
 
     def count(pattern: re.Pattern[str]) -> int:
         return sum(bool(pattern.search(line)) for line in lines)
@@ -135,6 +133,18 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
         stores=count(GLOBAL_STORE),
         seconds=time.perf_counter() - started,
     )
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack (spills are there) per thread."""
+    found = _tool("cuobjdump", ["-res-usage"], cubin)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", found)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    return registers, stack
+
+
+def machine_code(cubin: bytes) -> list[str]:
+    """The lines of a cubin's disassembly."""
+    return _tool("nvdisasm", ["-c"], cubin).splitlines()
 
 
 def _tool(name: str, options: list[str], cubin: bytes) -> str:

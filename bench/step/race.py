@@ -316,7 +316,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", choices=ARCHS, default="ViT-B/32")
     parser.add_argument("--mode", default="masked-object", help="a training method, as `cammask train --method`")
     parser.add_argument("--masking", default="", help="a strategy other than the method's, as `cammask train --masking`")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, help="images (default: 8, with --static 256)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("auto", "bf16", "tf32", "fp32"), default="auto", help="of our providers")
@@ -333,18 +333,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cam-options", type=int, metavar="SEEDS", help="instead: cost and gain of the CAM's options there")
     text = "instead: a trace of a few steps of each provider, DIR/PROVIDER/trace.json and operators.txt"
     parser.add_argument("--profile", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--static", action="store_true", help="instead: the CUDA code of our step, generated and counted")
+    import_module("bench.step.static.command").add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON line per record")
     parser.add_argument("--out", type=Path, help="write the records to this file too")
 
 
 def main(options: argparse.Namespace) -> int:
+    if options.static:
+        return int(import_module("bench.step.static.command").main(options))
     for seeds, name in ((options.time_to_accuracy, "time_to_accuracy"), (options.cam_options, "cam_options")):
         if seeds is not None:
             study = import_module(f"bench.step.{name}")
             records = study.measure(options.mode, seeds=seeds)
             show(records, study.table(records), as_json=options.json, out=options.out)
             return 0
-    if options.batch < 2 or options.repeats < 5:
+    batch = 8 if options.batch is None else options.batch
+    if batch < 2 or options.repeats < 5:
         raise ValueError("--batch: at least 2 images (a fill needs a donor); --repeats: at least 5")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
@@ -355,7 +360,7 @@ def main(options: argparse.Namespace) -> int:
         providers = ["ours-eager", *ABLATIONS]
     if config.precision == "auto" and options.device == "cuda" and not ABLATIONS.keys().isdisjoint(providers):
         config = replace(config, precision="tf32")  # the ablated steps keep the type of the weights
-    race = Race(arch=options.arch, config=config, batch=options.batch, device=options.device)
+    race = Race(arch=options.arch, config=config, batch=batch, device=options.device)
     if options.profile is not None:
         for provider in providers:
             print(f"{provider}, {race.arch}, batch {race.batch}", file=sys.stderr)

@@ -12,7 +12,7 @@ Node = Any
 """Of Inductor's scheduler: one kernel, or several fused ones."""
 
 
-def inductor_options() -> dict[str, Any]:
+def overlap_options() -> dict[str, Any]:
     """Options of torch.compile under which Inductor orders a graph's kernels by `overlap_all_reduce`."""
     return {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": [overlap_all_reduce]}
 
