@@ -57,6 +57,10 @@ def test_training_images_are_never_scored_without_a_word(tmp_path: Path, capsys:
     make_folder(tmp_path / "test", TWO)
     assert evaluation_location(str(tmp_path)) == str(tmp_path / "test")
     assert capsys.readouterr().err.endswith("has the splits Train/, test/: test/ is evaluated\n")
+    make_folder(tmp_path / "usual" / "train", TWO)
+    make_folder(tmp_path / "usual" / "val", TWO)
+    assert evaluation_place(str(tmp_path / "usual")) == str(tmp_path / "usual" / "val")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,8 @@ def training_locations(data: str) -> tuple[Location, Location | None]:
 
 
 def evaluation_location(data: str) -> Location:
-    """Where the images to be scored lie: the validation split, else the test split, else the training split, and said."""
+    """Where the images to be scored lie: the validation split, else the test split, else the training split. All but a
+    validation split without a test split beside it is said."""
     splits = find_splits(data)
     if not splits:
         return data
@@ -89,7 +90,7 @@ def evaluation_location(data: str) -> Location:
         notice(f"{text}, which holds images for training; there are no others")
     elif {"val", "test"} <= splits.keys():
         notice(f"{text}; for the other one, name its folder")
-    elif "train" in splits:
+    elif chosen == "test" and "train" in splits:
         remark(text)
     return splits[chosen]
 
