@@ -82,4 +82,4 @@ def test_special_things_live_in_one_place(needle: str, owner: str) -> None:
 def test_the_training_loop_reads_on_one_screen() -> None:
     tree = ast.parse((ROOT / "cammask_fast/train.py").read_text())
     loop = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "fine_tune")
-    assert sum(isinstance(node, ast.stmt) for node in ast.walk(loop)) - 1 <= 45
+    assert sum(isinstance(node, ast.stmt) for node in ast.walk(loop)) - 1 <= 50

@@ -345,7 +345,7 @@ from cammask_fast.data.loaders.config import LoaderConfig
 source, out = scan(Path(sys.argv[1])), {}
 for kind in ("auto", "auto", "dali"):
     try:
-        loader = LoaderConfig(kind=kind, workers=0, report=Path("none.tsv")).open(source, Transform(size=8), batch_size=4)
+        loader = LoaderConfig(kind=kind, workers=0, report=Path("none.tsv")).build(source, Transform(size=8), batch_size=4)
         out[kind] = [type(loader).__name__, sum(len(batch.labels) for batch in loader)]
     except ValueError as error:
         out[kind] = str(error)

@@ -51,7 +51,7 @@ def test_an_old_run_folder_goes_on(folder: Path, capsys: pytest.CaptureFixture[s
 def test_an_old_run_refuses_other_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each stored setting is compared with today's under its name: only the one that changed is named."""
     assert main([*command("stopped"), "--lr", "2e-2"]) == 2
-    (named,) = re.findall(r"begun with other settings: (.*)\. Go on", capsys.readouterr().err)
+    (named,) = re.findall(r"started with other settings: (.*)\. Resume", capsys.readouterr().err)
     different = [part for part in named.split(", ") if not part.startswith("cammask_fast ")]
     assert different == ["lr 0.02 instead of 0.01"]
 

@@ -161,7 +161,7 @@ def test_packing_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pyte
         synced(descriptor)
 
     monkeypatch.setattr(os, "fsync", interrupted)
-    with pytest.raises(ValueError, match=r"No space left on device; what is there stays, run again"):
+    with pytest.raises(ValueError, match=r"No space left on device; what is there stays; run the command again"):
         pack(folder, out, per_shard=3, bad=no_bad(tmp_path))
     assert sorted(path.name for path in out.glob("*.tar")) == ["000000.tar", "000001.tar"], "no half shard under its name"
     monkeypatch.undo()

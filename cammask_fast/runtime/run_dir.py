@@ -30,6 +30,8 @@ RESUME_MUTABLE = ("data", "compile", "device", "max_skipped")
 """Settings that may change when a run goes on: they do not change what it computes, but for rounding."""
 FORMER_VALUES = {"PlainLoader": "TorchLoader"}
 """Values in the settings of runs that version 0.1.0 began, and what they are called now."""
+SINCE_0_1_0 = ("train_images",)
+"""Settings that runs of version 0.1.0 do not hold; there is nothing to compare them with."""
 NOTED = ("images",)
 """Settings whose change is told: with other images of the same classes a run can go on, but it is not the same run."""
 RESUME_MUTABLE_WITH_GLOBAL_DONORS = ("processes", "accumulate")
@@ -205,7 +207,7 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path
     different = [
         f"{name} {now.get(name)} instead of {before.get(name)}"
         for name in sorted(before.keys() | now.keys())
-        if name not in (*free, *NOTED) and before.get(name) != now.get(name)
+        if name not in (*free, *NOTED) and before.get(name) != now.get(name) and (name in before or name not in SINCE_0_1_0)
     ]
     if different:
         raise ValueError(

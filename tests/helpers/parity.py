@@ -300,7 +300,7 @@ def run_adamw(golden: Golden, dtype: torch.dtype, random: torch.Generator | None
         masks.append(patch_select(relevance(case), threshold=strategy.threshold).mask)
         optimizer.zero_grad(set_to_none=True)
         losses = take_step(batch_of(case), MaskRandomness(donors=recorded))
-        history.append([*losses, clip_grad_norm_(parameters.values(), optim.clip_norm)])
+        history.append([*losses[:3], clip_grad_norm_(parameters.values(), optim.clip_norm)])
         optimizer.step()
     with torch.no_grad():
         after = case.student(case.pixels)
