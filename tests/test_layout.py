@@ -59,7 +59,7 @@ def test_training_images_are_never_scored_without_a_word(tmp_path: Path, capsys:
     assert capsys.readouterr().err.endswith("has the splits Train/, test/: test/ is evaluated\n")
     make_folder(tmp_path / "usual" / "train", TWO)
     make_folder(tmp_path / "usual" / "val", TWO)
-    assert evaluation_place(str(tmp_path / "usual")) == str(tmp_path / "usual" / "val")
+    assert evaluation_location(str(tmp_path / "usual")) == str(tmp_path / "usual" / "val")
     assert capsys.readouterr().err == ""
 
 
