@@ -6,6 +6,9 @@ import os
 from collections import defaultdict
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported; processes that tests start inherit it
+
 import torch
 
 from cammask_fast.kernels.backend import INTERPRETED
@@ -13,7 +16,6 @@ from cammask_fast.kernels.backend import INTERPRETED
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so they do in the processes that tests start
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -22,6 +24,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("triton")])
     items[:] = [item for item in items if not item.get_closest_marker("triton")]
+
+
+def pytest_runtest_teardown() -> None:
+    """A test that leaves more threads behind would slow down all that follow it in this process."""
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1, f"the test left PyTorch with {left} threads"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

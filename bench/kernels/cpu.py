@@ -38,8 +38,10 @@ def all_cores() -> Iterator[None]:
     """As many threads as the machine has cores, and the former number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def same(op: str, ours: Tensor, theirs: Tensor, gold: Tensor) -> None:

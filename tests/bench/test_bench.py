@@ -141,6 +141,13 @@ def test_the_cpu_table_shows_the_ratio() -> None:
     assert cells(table.splitlines()[2]) == ["counterfactual", "49", "64", "100.0", "250.0", "2.5x"]
 
 
+def test_a_benchmark_that_fails_gives_the_cores_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    with pytest.raises(ValueError, match="disagree with 3 threads"), cpu.all_cores():
+        raise ValueError(f"the providers disagree with {torch.get_num_threads()} threads")
+    assert torch.get_num_threads() == 1
+
+
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = counterfactual_batch
     monkeypatch.setattr("bench.kernels.cpu.counterfactual_batch", lambda *a, **k: honest(*a, **k) + (k.get("dtype") is None))
