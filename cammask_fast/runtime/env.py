@@ -13,3 +13,8 @@ def launched() -> bool:
 def local_rank() -> int:
     """The rank of this process among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def rank() -> int:
+    """The rank of this process among all those of a run."""
+    return int(os.environ.get("RANK", "0"))
