@@ -254,8 +254,10 @@ def _loading(parser: Parser) -> None:
 
 
 def _model(parser: Parser) -> None:
-    parser.add_argument("--arch", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14 or an open_clip ViT name (default: tiny)")
-    parser.add_argument("--pretrained", default="", help="tiny, openai, a tag of open_clip, or a state-dict FILE")
+    parser.add_argument(
+        "--arch", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or an open_clip ViT name (default: tiny)"
+    )
+    parser.add_argument("--pretrained", default="", help="tiny, openai, a tag of open_clip, or a FILE or folder of weights")
 
 
 def _class_text(parser: Parser) -> None:

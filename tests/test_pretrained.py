@@ -11,8 +11,9 @@ import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 
-from cammask_fast.model.pretrained import default_pretrained, load_pretrained, read_weights, to_open_clip, vit_config
+from cammask_fast.model.pretrained import default_pretrained, load_pretrained, to_open_clip, vit_config
 from cammask_fast.model.tiny_clip import build_tiny_clip
+from cammask_fast.model.weights import read_weights
 
 SMALL = "ViT-S-32-alt"  # open_clip's smallest plain ViT
 
@@ -96,7 +97,7 @@ def test_towers_that_we_cannot_run_are_refused(arch: str, message: str) -> None:
     ("arch", "tag", "message"),
     [
         ("ViT-B-32", "openai", "use --arch ViT-B-32-quickgelu"),
-        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "neither a file nor a tag"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "neither a file or folder nor a tag"),
         ("ViT-B/32", "nonsense", "tags: openai"),
         ("ViT-B-32-256", "", "--pretrained FILE or TAG"),
     ],

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from cammask_fast.data.class_names import twins
 from cammask_fast.data.files import SUFFIXES
 from cammask_fast.data.layout import find_splits, open_source
+from cammask_fast.data.loaders.reading import read_sample
 from cammask_fast.data.loaders.torch_loader import UNREADABLE, error_reason
 from cammask_fast.data.summary import NEARLY_EMPTY
 from cammask_fast.data.transforms import LONGEST, opened, to_rgb
@@ -49,11 +50,11 @@ def look_at(source: ImageSource, index: int) -> Seen:
     """Read and decode one image."""
     digest, size = b"", 0
     try:
-        data = source.read(index)
+        data = read_sample(source, index)
         digest, size = hashlib.blake2b(data, digest_size=16).digest(), len(data)
         image = opened(data)
         form, pixels, odd = f"{image.format} {image.mode}", image.size, tuple(_odd(image, source.name(index)))
-        to_rgb(image)
+        to_rgb(image, note=lambda _: None)
     except UNREADABLE as error:
         return Seen(digest=digest, size=size, reason=error_reason(error))
     return Seen(digest, size, form, pixels, odd)

@@ -1,14 +1,20 @@
-"""Warnings on stderr, each once per process."""
+"""Lines about single images and loaders, each once per process."""
 
 from __future__ import annotations
 
-import sys
+from cammask_fast.runtime.notices import notice, warn
 
 _said: set[str] = set()
 
 
-def warn_once(message: str, *, where: str = "") -> None:
-    """Print `message` unless this process has; `where`, such as a file name, is put in front and does not count."""
+def warn_once(message: str, *, where: str = "", guessed: bool = True) -> None:
+    """Print `message` unless this process has.
+
+    Args:
+        message: what is said.
+        where: such as a file name; put in front, and does not count as another message.
+        guessed: something was guessed or replaced: recorded, and an error with `--strict`. Else it is only printed.
+    """
     if message not in _said:
         _said.add(message)
-        print(f"cammask: warning: {where}{': ' if where else ''}{message}", file=sys.stderr)
+        (notice if guessed else warn)(f"{where}{': ' if where else ''}{message}")

@@ -1,34 +1,37 @@
-"""Pre-trained CLIPs: the shipped tiny one, open_clip's by name and tag, or a local state dict."""
+"""Pre-trained CLIPs: the shipped tiny one, open_clip's by name and tag, or weights in a file or folder."""
 
 from __future__ import annotations
 
+import difflib
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.model import CLIP, CLIPVisionCfg
 from torch import Tensor
 
 from cammask_fast.data.datasets.texture_digits import TEMPLATES
-from cammask_fast.kernels.reference.pixels import CLIP_MEAN, CLIP_STD
+from cammask_fast.model.beside import config_beside, refuse_other_preprocessing
 from cammask_fast.model.classifier import Classifier
-from cammask_fast.model.files import load_exactly, read_safetensors
+from cammask_fast.model.files import load_exactly
+from cammask_fast.model.layouts import architectures_with, shape_of
 from cammask_fast.model.tiny_clip import TINY_VIT, build_tiny_clip, tokenizer
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
+from cammask_fast.model.weights import Weights, read_weights
 from cammask_fast.model.zero_shot import load_tiny_clip, zero_shot_weights
+from cammask_fast.runtime.notices import notice, say
 
 OPENAI_ARCHITECTURES = {
     "ViT-B/32": "ViT-B-32-quickgelu",
     "ViT-B/16": "ViT-B-16-quickgelu",
     "ViT-L/14": "ViT-L-14-quickgelu",
+    "ViT-L/14@336px": "ViT-L-14-336-quickgelu",
 }
 _VISION_FIELDS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "output_tokens"}
-_OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+_ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,10 @@ def open_clip_name(arch: str) -> str:
     """open_clip's model name for `--arch`. Raises ValueError on an unknown one."""
     name = OPENAI_ARCHITECTURES.get(arch, arch)
     if name not in open_clip.list_models():
+        close = difflib.get_close_matches(arch, [*OPENAI_ARCHITECTURES, *open_clip.list_models()], n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(
-            f"unknown architecture {arch!r}; known: tiny, {', '.join(OPENAI_ARCHITECTURES)}, or an open_clip ViT name"
+            f"unknown architecture {arch!r}; known: tiny, {', '.join(OPENAI_ARCHITECTURES)}, or an open_clip ViT name{meant}"
         )
     return name
 
@@ -113,9 +118,10 @@ def default_pretrained(arch: str) -> str:
 def load_pretrained(arch: str, pretrained: str = "") -> PretrainedClip:
     """Both towers of `--arch` with the weights of `--pretrained`, in float32 and evaluation mode.
 
-    pretrained: `tiny`, a tag of open_clip (`openai`), or a file with an open_clip state dict (safetensors, or a .pt of plain
-    tensors); empty: `default_pretrained`. Raises ValueError on architectures we cannot run, unknown tags, weights that cannot
-    be downloaded or read, belong to another activation or preprocessing, or do not fit.
+    pretrained: `tiny`, a tag of open_clip (`openai`), or a file or folder with weights in any layout of `read_weights`; empty:
+    `default_pretrained`. Says in a line what a file was recognised as, and warns where its activation cannot be known. Raises
+    ValueError on architectures we cannot run, unknown tags, weights that cannot be downloaded or read, belong to another
+    activation or preprocessing, or do not fit, then with the architectures that do.
     """
     pretrained = pretrained or default_pretrained(arch)
     if arch == "tiny" and pretrained == "tiny":
@@ -123,16 +129,78 @@ def load_pretrained(arch: str, pretrained: str = "") -> PretrainedClip:
     path = Path(pretrained)
     if arch == "tiny":
         clip = build_tiny_clip()
-        load_exactly(clip, read_weights(path), path)
+        _load(clip, read_weights(path), "tiny", said=True)
         return PretrainedClip(clip=clip.eval(), tokenize=tokenizer(), templates=TEMPLATES)
     config = _model_config(arch)
     vit = _vit_config(arch, config)
-    if not path.is_file():
-        path = _download(arch, pretrained, quick_gelu=config.get("quick_gelu", False))
+    is_tag = pretrained in open_clip.list_pretrained_tags_by_model(open_clip_name(arch)) and not path.is_file()
+    own = not is_tag and path.exists()
+    weights = read_weights(path if own else _download(arch, pretrained, quick_gelu=config.get("quick_gelu", False)))
+    if own:
+        _check_origin(weights, arch, vit)
     clip = _build(config, vit)
-    load_exactly(clip, read_weights(path), path)
+    _load(clip, weights, arch, said=own)
     templates = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
     return PretrainedClip(clip=clip.eval(), tokenize=open_clip.get_tokenizer(open_clip_name(arch)), templates=templates)
+
+
+def _load(clip: CLIP, weights: Weights, arch: str, *, said: bool) -> None:
+    try:
+        load_exactly(clip, weights.tensors, weights.path)
+    except ValueError as error:
+        raise ValueError(f"{error}{_advice(weights, arch)}") from None
+    if said:
+        say(f"weights: {weights.recognised}")
+
+
+def _advice(weights: Weights, arch: str) -> str:
+    """Which `--arch` the shapes belong to."""
+    shape = shape_of(weights.tensors)
+    if not shape:
+        return ""
+    fitting = [name for name in architectures_with(shape) if _is_supported(name)]
+    if fitting:
+        return f"; they fit --arch {' or '.join(fitting)}"
+    sizes = ", ".join(f"{name} {value}" for name, value in shape.items())
+    return f"; no known --arch has their shapes ({sizes})" if arch != "tiny" else ""
+
+
+def _is_supported(name: str) -> bool:
+    try:
+        vit_config(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_origin(weights: Weights, arch: str, vit: ViTConfig) -> None:
+    """Activation and preprocessing of weights from a file, which shapes cannot tell: refuse what is known to differ, warn where
+    nothing is known."""
+    beside = config_beside(weights.path, shape_of(weights.tensors))
+    known, source = (None, "") if beside is None else (beside.activation, str(beside.source))
+    if weights.layout == "OpenAI's CLIP":
+        known, source = "quick_gelu", "OpenAI's own archive"
+    if beside is not None:
+        refuse_other_preprocessing(beside.preprocessing, f"{weights.path} (by {beside.source})")
+    other = _with_other_activation(arch)
+    here, there = _ACTIVATIONS[vit.activation], _ACTIVATIONS["gelu" if vit.activation == "quick_gelu" else "quick_gelu"]
+    if known is not None and known != vit.activation:
+        use = f"use --arch {other}" if other else "no supported --arch has it with these shapes"
+        raise ValueError(
+            f"{weights.path} was trained with {_ACTIVATIONS.get(known, known)} ({source}), and {arch} computes {here}: {use}"
+        )
+    if known is None and other:
+        notice(
+            f"the activation cannot be known from {weights.path}: {arch} computes {here}; if the weights were trained with "
+            f"{there}, use --arch {other} (OpenAI's, MetaCLIP's and DFN's have QuickGELU, LAION's and DataComp's GELU)"
+        )
+
+
+def _with_other_activation(arch: str) -> str | None:
+    """open_clip's model that differs in the activation alone, if there is one."""
+    name = open_clip_name(arch)
+    other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+    return other if other in open_clip.list_models() else None
 
 
 def _build(config: dict[str, Any], vit: ViTConfig) -> CLIP:
@@ -153,12 +221,12 @@ def _download(arch: str, tag: str, *, quick_gelu: bool) -> Path:
     tags = open_clip.list_pretrained_tags_by_model(name)
     config = open_clip.get_pretrained_cfg(name, tag)
     if not config:
-        raise ValueError(f"--pretrained {tag}: neither a file nor a tag of {name}; tags: {', '.join(tags) or 'none'}")
+        raise ValueError(f"--pretrained {tag}: neither a file or folder nor a tag of {name}; tags: {', '.join(tags) or 'none'}")
     if config.get("quick_gelu", False) != quick_gelu:
-        other = name.removesuffix("-quickgelu") if quick_gelu else f"{name}-quickgelu"
-        raise ValueError(f"the weights {tag!r} were trained with the other activation: use --arch {other}")
-    if (tuple(config["mean"]), tuple(config["std"])) != (CLIP_MEAN, CLIP_STD):
-        raise ValueError(f"the weights {tag!r} of {name} expect other pixel statistics than CLIP's: not supported")
+        raise ValueError(
+            f"the weights {tag!r} were trained with the other activation: use --arch {_with_other_activation(arch)}"
+        )
+    refuse_other_preprocessing(config, f"the weights {tag!r} of {name}")
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
     hub_log.setLevel(logging.CRITICAL)  # its retries are reported as our one error
@@ -167,39 +235,10 @@ def _download(arch: str, tag: str, *, quick_gelu: bool) -> Path:
     except Exception as error:  # the hub clients raise errors of three HTTP libraries
         raise ValueError(
             f"could not download the weights {tag!r} of {name} ({type(error).__name__}): connect to the network, or pass "
-            "--pretrained FILE with an open_clip state dict"
+            "--pretrained FILE with the weights"
         ) from None
     finally:
         hub_log.setLevel(level)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state-dict file in float32 under open_clip's names.
-
-    safetensors, or any other suffix through torch.load(weights_only=True): files that would run code are refused. Raises
-    ValueError when it is missing, refused or damaged.
-    """
-    if not path.is_file():
-        raise ValueError(f"no weights at {path}")
-    if path.suffix == ".safetensors":
-        loaded: Any = read_safetensors(path)[0]
-    else:
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # a damaged or hostile file can raise anything
-            raise ValueError(
-                f"{path} is not a plain state dict of tensors and was not loaded, since pickled code could run: "
-                "convert it to safetensors"
-            ) from None
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError(f"{path} holds no state dict: expected parameter names and tensors")
-    weights = {name.removeprefix("module."): value.float() for name, value in loaded.items() if name not in _OPENAI_EXTRAS}
-    if "logit_scale" in weights:
-        weights["logit_scale"] = weights["logit_scale"].reshape(())
-    return weights
 
 
 def to_open_clip(visual: VisionTransformer) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def read_sample(source: ImageSource, index: int) -> bytes:
                     f"cannot read {source.name(index)}: {said} after {len(WAITS) + 1} attempts: {_advice(error.errno)}; "
                     "the image itself is not counted as unreadable"
                 ) from None
-            warn_once(f"{said} while reading images: trying again", where=source.name(index))
+            warn_once(f"{said} while reading images: trying again", where=source.name(index), guessed=False)
             sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
