@@ -16,6 +16,7 @@ from bench.step.static import Case, unsupported
 from bench.step.static.classes import FLAT, KINDS
 from bench.step.static.pretended_gpu import in_own_process
 from cammask_fast.config import TrainConfig
+from cammask_fast.step import build_strategy
 from cammask_fast.viz.tables import markdown_table
 
 RECORDS, PAGE = ROOT / "bench/results/step-static.jsonl", ROOT / "docs/step-static.md"
@@ -63,11 +64,17 @@ def predict(record: Mapping[str, Any], rates: Card) -> dict[str, float]:
 def count(
     case: Case, *, archs: Sequence[int] = ARCHS, compiled: int | None = None, workers: int | None = None
 ) -> dict[str, Any]:
-    """The record of a step. Works in a process of its own only (`in_own_process`). archs: to compile the kernels for. compiled:
-    how many kernels, those with the most bytes and those that update the weights; None for all. Raises ValueError where this
-    PyTorch is not known."""
-    if (reason := unsupported()) is not None:
-        raise ValueError(reason)
+    """The record of a step, counted in this process, which believes in a GPU from then on: see `in_own_process`.
+
+    Args:
+        case: the step to generate.
+        archs: compute capabilities to compile the kernels for, none for none.
+        compiled: how many kernels to compile, those with the most bytes, beside those that update the weights; None for all.
+        workers: processes that compile, None for one per core, 1 for this one.
+
+    Returns:
+        The counts by name, as JSON can hold them.
+    """
     from bench.step.static.compiled import compile_kernels
     from bench.step.static.generate import generate
     from bench.step.static.replay import replay
@@ -141,6 +148,9 @@ def main(options: argparse.Namespace) -> int:
     config = TrainConfig(method=options.mode, masking=options.masking, precision="bf16")
     if config.resolved.trained == "none":
         raise ValueError(f"--mode: {options.mode} trains nothing, there is no step")
+    build_strategy(config)
+    if (reason := unsupported()) is not None:
+        raise ValueError(reason)
     case = Case(arch=options.arch, config=config, batch=batch, layers=options.layers)
     record = in_own_process(count, case, archs=tuple(options.sm))
     record |= {"card": options.card, **predict(record, rates), "note": options.note}

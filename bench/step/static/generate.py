@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from bench.step.static import Case
@@ -39,15 +40,12 @@ class Kernel(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Generated:
     """The code of a step. kernels: by name. wrapper: Python that launches them. inputs: (shape, strides, dtype) of the tensors
-    that the wrapper takes. square: nodes of the graph that hold an L x L matrix per head. parameters: trained, all in one
-    tensor. seconds: by stage."""
+    that the wrapper takes. square: values of the graph that hold an L x L matrix per head. seconds: by stage."""
 
-    case: Case
     kernels: Mapping[str, Kernel]
     wrapper: str
     inputs: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
     square: int
-    parameters: int
     seconds: Mapping[str, float]
 
 
@@ -55,28 +53,39 @@ class _Written(Exception):  # noqa: N818  (not an error: the code is written)
     pass
 
 
-def generate(case: Case) -> Generated:
-    """The code of a step. From the first call on this process believes in a GPU that is not there: see `in_own_process`."""
+class Traced(NamedTuple):
+    """The ATen graph of a step over fake CUDA tensors, and seconds by stage."""
+
+    graph: GraphModule
+    inputs: list[Any]
+    mode: FakeTensorMode
+    seconds: dict[str, float]
+
+
+def traced(case: Case) -> Traced:
+    """The graph of a step. From the first call on this process believes in a GPU that is not there: see `in_own_process`."""
     from torch._inductor.decomposition import select_decomp_table
 
-    seconds, started = {}, time.perf_counter()
-    graph = cpu_graph(case)
-    seconds["trace"] = time.perf_counter() - started
-    pretend_gpu()
-    graph, inputs, mode = on_cuda(graph, select_decomp_table())
-    parameters = max(t.numel() for t in inputs if isinstance(t, Tensor) and t.ndim == 1)
-    seconds["retarget"] = time.perf_counter() - started - seconds["trace"]
     started = time.perf_counter()
-    square = _square_nodes(graph, case)
+    on_cpu = cpu_graph(case)
+    middle = time.perf_counter()
+    pretend_gpu()
+    graph, inputs, mode = on_cuda(on_cpu, select_decomp_table())
+    return Traced(graph, inputs, mode, {"trace": middle - started, "retarget": time.perf_counter() - middle})
+
+
+def generate(case: Case) -> Generated:
+    """The code of a step, as `traced` in a process of its own."""
+    graph, inputs, mode, seconds = traced(case)
+    parameters = max(t.numel() for t in inputs if isinstance(t, Tensor) and t.ndim == 1)
+    square, started = square_tensors(graph, case), time.perf_counter()
     wrapper, kernels = _inductor(graph, inputs, mode, inductor_options("default"), parameters)
     seconds["inductor"] = time.perf_counter() - started
     layouts = [(t.shape, t.stride(), t.dtype) for t in inputs]
-    return Generated(
-        case=case, kernels=kernels, wrapper=wrapper, inputs=layouts, square=square, parameters=parameters, seconds=seconds
-    )
+    return Generated(kernels=kernels, wrapper=wrapper, inputs=layouts, square=square, seconds=seconds)
 
 
-def _square_nodes(graph: GraphModule, case: Case) -> int:
+def square_tensors(graph: GraphModule, case: Case) -> int:
     """Values of the graph, views with a stride of 0 excepted, that hold L x L numbers per head; L: all tokens or the kept."""
     strategy, vit, found = build_strategy(case.config), case.race.vit, 0
     lengths = {vit.patches + 1}
@@ -123,6 +132,7 @@ def _inductor(
 
     settings = {
         "compile_threads": 1, "fx_graph_cache": False, "triton.autotune_at_compile_time": False,
+        "shape_padding": False,  # chosen by timing
         "triton.unique_kernel_names": True, "triton.descriptive_names": "original_aten", **options,
     }  # fmt: skip
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
