@@ -16,11 +16,11 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.step.memory import LiveStorages
 from bench.step.static.generate import Generated
-from cammask_fast.kernels import cls_relevance, masked_fill, patch_select
+from cammask_fast.kernels import cls_relevance, counterfactual_batch, masked_fill, normalise, patch_select
 from cammask_fast.kernels.launch import Launch
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-MODULES = (cls_relevance, masked_fill, patch_select)
+MODULES = (cls_relevance, counterfactual_batch, masked_fill, normalise, patch_select)
 """Whose `run` starts the kernels of our operators."""
 
 
@@ -94,11 +94,12 @@ class _Log(LiveStorages):
 def _launches(operator: Any, args: tuple[Any, ...]) -> list[Launch]:
     """The launches of one of our operators, planned but not run."""
     found: list[Launch] = []
-    defaults = [argument.default_value for argument in operator._schema.arguments[len(args) :]]
+    arguments = operator._schema.arguments
+    values = [*args, *(argument.default_value for argument in arguments[len(args) :])]
     name = f"launch_{operator._opname}"
     (module,) = (module for module in MODULES if hasattr(module, name))
     with patch.object(module, "run", found.extend):
-        getattr(module, name)(*args, *defaults)
+        getattr(module, name)(**{argument.name: value for argument, value in zip(arguments, values, strict=True)})
     return found
 
 
