@@ -100,3 +100,16 @@ def evaluate(
 def accuracy(model: Classifier, loader: Loader, *, device: torch.device | str = "cpu") -> float:
     """Top-1 accuracy in percent. Raises ValueError on an empty loader."""
     return evaluate([model], loader, device=device)[0].top1
+
+
+@torch.no_grad()
+def confusion_counts(model: Classifier, loader: Loader, *, device: torch.device | str = "cpu") -> Tensor:
+    """int64 (K, K) on the CPU: images of class i that the model takes for class j, of this process's share of the loader."""
+    classes = model.head.weight.shape[0]
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+    for batch in loader:
+        batch = batch.to(device)
+        predicted = model(normalise(batch.images)).logits.argmax(1)
+        pairs = batch.labels * classes + predicted
+        counts.index_add_(0, pairs, torch.ones_like(pairs))
+    return counts.view(classes, classes).cpu()

@@ -15,6 +15,7 @@ import torch
 
 from cammask_fast import __version__
 from cammask_fast.checkpoint import Checkpoints, describe_run
+from cammask_fast.commands.outcome import report, validated
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, warn, zero_shot_model
 from cammask_fast.config import OptimConfig, TrainConfig, load_recipe, options_of
 from cammask_fast.data.class_names import class_list
@@ -87,6 +88,12 @@ def train_here(
             record_launch(out, launchers)
             for line in data.summary:
                 print(line, flush=True)
+        before = None
+        if trains and data.validation is not None:
+            before = accuracy(model, data.validation, device=device)
+            if dist_info.is_main_process:
+                count = len(data.validation.labels)
+                print(f"zero-shot accuracy on the {count} validation images: {before:.2f} %", flush=True)
         models, watched = (
             train_with_progress(model, data, config, args, out, settings, dist_info, stop) if trains else ({"best": model}, {})
         )
@@ -101,11 +108,16 @@ def train_here(
                 **watched, "processes": dist_info.size,
                 "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
                 "trained_on": data.path if trains else None, "notices": noticed(),
+                "zero_shot": {} if before is None else {"validation": before},
+                "accuracy": {} if score is None else {"validation": score},
             }  # fmt: skip
             save(out, models, arch, data.class_names, run)
-            write_text(out / "run.json", json.dumps(run | {"class_names": data.class_names}, indent=1) + "\n")
-            validated = "" if score is None else f"validation accuracy {score:.2f} %, "
-            print(f"{config.method} on {len(data.class_names)} classes: {validated}written to {out / 'best.safetensors'}")
+            record = {**run, "class_names": data.class_names}
+            write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
+            found = f"{validated(before, score)}written to {out / 'best.safetensors'}"
+            print(f"{config.method} on {len(data.class_names)} classes: {found}")
+            if trains and dist_info.size == 1:
+                report(out, record, model, models["best"], data, config)
 
 
 def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:

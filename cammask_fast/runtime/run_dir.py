@@ -193,7 +193,7 @@ def was_launched_by(folder: Path, launchers: Sequence[str | None]) -> bool:
 
 def clear(folder: Path) -> None:
     """Remove an earlier run from its folder."""
-    for name in ("run.json", "best.safetensors", "last.safetensors", LOG, LAUNCH, "bad_samples.tsv"):
+    for name in ("run.json", "best.safetensors", "last.safetensors", LOG, LAUNCH, "bad_samples.tsv", "report.html"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 

@@ -37,8 +37,8 @@ BUDGETS = {
     "ViT-B/16": {"launches": 147, "gb": 17.70, "peak_gb": 2.81},
     "ViT-B/32": {"launches": 78, "gb": 2.53, "peak_gb": 0.95},
 }
-"""At 256 images: launches and bytes of all Triton kernels, Inductor's and ours, and the peak of live storage. Four of the launches
-(three without a mask) sum what a run logs of a step: scalars and an (N, P) map."""
+"""At 256 images: launches and bytes of all Triton kernels, Inductor's and ours, and the peak of live storage. Four of the
+launches (three without a mask) sum what a run logs of a step: scalars and an (N, P) map."""
 COMPILED = 6
 """Kernels given to ptxas, those with the most bytes, beside the optimiser's."""
 
