@@ -112,8 +112,10 @@ def counterfactual_batch(
         context: mask everything else instead.
         upsample: `nearest`, or `bilinear` (threshold only): c is interpolated to pixels (align_corners=False, edges clamped)
             before the comparison.
-        dtype, layout: as for `normalise`.
-        constant, first: as for `masked_fill`.
+        dtype: of the result, as for `normalise`.
+        layout: of the result, as for `normalise`.
+        constant: as for `masked_fill`.
+        first: as for `masked_fill`.
     Returns:
         `dtype` (N, 3, H, W) or (N, P, 3 * p * p), as `normalise`.
     Raises:

@@ -90,7 +90,8 @@ def masked_fill(
         mask: bool (N, P), row-major patches, True = filled.
         donors: int64 (N,), one donor image per image (single-fill), or (N, P), one per patch (multi-fill), each in 0..M-1;
             None: masked patches get the colour `constant`.
-        dtype, layout: as for `normalise`.
+        dtype: of the result, as for `normalise`.
+        layout: of the result, as for `normalise`.
         constant: RGB in [0, 1], None for CLIP's mean, which is 0 after normalisation.
         first: int64 (), on the device of images: row n of mask, donors and result belongs to images[first + n], and all M
             images can donate (0 <= first <= M - N); without it, N = M.

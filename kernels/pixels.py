@@ -306,7 +306,9 @@ def plan_pixels(
         select: `none` (normalise alone), `mask`, `threshold`, `top_k` or `bilinear`.
         selector: the mask, bool (N, P), or the raw relevance, float32 (N, P).
         donors: int64 (N,) or (N, P); None: a constant colour.
-        threshold, top_k, context: the selection, as `counterfactual_batch` has it.
+        threshold: of the selection, as `counterfactual_batch` has it.
+        top_k: likewise.
+        context: likewise.
         constant: RGB colour in [0, 1], None for CLIP's mean.
         first: int64 (), see `masked_fill`.
     """

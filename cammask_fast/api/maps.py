@@ -79,7 +79,10 @@ def counterfactual(
     """Counterfactual images: the object's or the context's patches masked and refilled from other images.
 
     Args:
-        model, images, prompts, kind: as for `cam`.
+        model: as for `cam`.
+        images: as for `cam`.
+        prompts: as for `cam`.
+        kind: as for `cam`.
         masking: a strategy under the paper's name.
         donors: images to fill from beside the given ones; needed when there is only one.
         seed: of the donors.
