@@ -179,7 +179,7 @@ def _compiled_train_step(
     body, stored = step_body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
     frozen = compute_weights({n: p for n, p in student.named_parameters() if not p.requires_grad}, dtype)
 
-    def gradients(batch: Batch, draws: MaskRandomness | None, scale: float) -> tuple[list[Tensor], Losses]:
+    def gradients_and_losses(batch: Batch, draws: MaskRandomness | None, scale: float) -> tuple[list[Tensor], Losses]:
         found: list[dict[str, Tensor]] = []
         weights, cast = optimizer.weights(), optimizer.parts(optimizer.flat.to(dtype))  # one cast serves all passes
         trained = {name: weight if keeps_precision(name) else cast[name] for name, weight in weights.items()}
@@ -195,19 +195,19 @@ def _compiled_train_step(
         clipped = optimizer.update(torch.cat([g.flatten() for g in gradients]), loss)
         state.update(losses._replace(total=loss), clipped)
 
-    def whole(batch: Batch, draws: MaskRandomness | None) -> Losses:
-        found, losses = gradients(batch, draws, 1 / processes)
+    def losses_of_update(batch: Batch, draws: MaskRandomness | None) -> Losses:
+        found, losses = gradients_and_losses(batch, draws, 1 / processes)
         apply(found, losses)
         return losses
 
-    def flat(batch: Batch, draws: MaskRandomness | None, scale: float) -> tuple[Tensor, Losses]:
-        found, losses = gradients(batch, draws, scale)
+    def flat_gradient_and_losses(batch: Batch, draws: MaskRandomness | None, scale: float) -> tuple[Tensor, Losses]:
+        found, losses = gradients_and_losses(batch, draws, scale)
         return torch.cat([g.flatten() for g in found]), losses
 
-    def update(gradient: Tensor, losses: Losses) -> None:
+    def apply_flat(gradient: Tensor, losses: Losses) -> None:
         apply(list(optimizer.parts(gradient).values()), losses)
 
-    def graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         mode = "default" if config.compile in ("auto", "off") else config.compile
         kwargs: dict[str, Any] = {"options": inductor_options(mode)} if backend == "inductor" else {}
         if processes > 1 and backend == "inductor":  # gradients travel while the backward pass goes on
@@ -219,19 +219,23 @@ def _compiled_train_step(
     for tensor in tensors:
         torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change them in place and copies none of them
     distributed.watch_compiler()
-    one_graph, part, end = graph(whole), graph(flat), graph(update)
+    update_graph, gradient_graph, apply_graph = (
+        compiled(losses_of_update),
+        compiled(flat_gradient_and_losses),
+        compiled(apply_flat),
+    )
 
     @torch.no_grad()
     def train_step(parts: Sequence[tuple[Batch, MaskRandomness | None]]) -> Losses:
         if len(parts) == 1:
-            return Losses(*one_graph(*parts[0]))
+            return Losses(*update_graph(*parts[0]))
         total, losses = torch.zeros_like(optimizer.flat), []
         for batch, draws in parts:
-            gradient, loss = part(batch, draws, 1 / (len(parts) * processes))
+            gradient, loss = gradient_graph(batch, draws, 1 / (len(parts) * processes))
             total.add_(gradient)
             losses.append(Losses(*(scalar.clone() for scalar in loss)))  # a CUDA graph writes its results to the same memory
         mean = _mean(losses)
-        end(total, mean)
+        apply_graph(total, mean)
         return mean
 
     return train_step
@@ -252,11 +256,11 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
         raise ValueError(f"cam_start_layer: expected 0..{vit.layers - 1} for this model, got {config.cam_start_layer}")
     layout: dict[str, Any] = {"dtype": dtype, "layout": "patches"}
 
-    def task_loss(prediction: Prediction, labels: Tensor, weight: float) -> tuple[Tensor, Cotangents]:
+    def task_loss_and_cotangents(prediction: Prediction, labels: Tensor, weight: float) -> tuple[Tensor, Cotangents]:
         gradient, loss = grad_and_value(F.cross_entropy)(prediction.logits, labels)
         return loss, Cotangents(logits=weight * gradient)
 
-    def distillation(ours: Prediction, theirs: Prediction, weight: float) -> tuple[Tensor, Cotangents]:
+    def distillation_and_cotangents(ours: Prediction, theirs: Prediction, weight: float) -> tuple[Tensor, Cotangents]:
         if method.distill == "fd":
             gradient, loss = grad_and_value(feature_distillation)(ours.features, theirs.features)
             return loss, Cotangents(features=weight * gradient)
@@ -264,16 +268,18 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
         gradient, loss = grad_and_value(distance)(ours.logits, theirs.logits)
         return loss, Cotangents(logits=weight * gradient)
 
-    def relevance(clean: StudentForward, labels: Tensor) -> Tensor:
+    def relevance_map(clean: StudentForward, labels: Tensor) -> Tensor:
         assert clean.taps is not None
         at_labels = torch.zeros_like(clean.prediction.logits).scatter_(1, labels[:, None], 1.0)
         gradients = clean.tap_gradients(at_labels)  # of the sum over the batch of each image's logit at its label
         return weighted_activation(clean.taps, gradients[0]) if config.cam == "grad-cam" else cls_rollout(clean.taps, gradients)
 
-    def body(forward: Forward, teacher: Teacher | None, batch: Batch, draws: MaskRandomness | None, scale: float) -> Losses:
+    def losses_and_backward(
+        forward: Forward, teacher: Teacher | None, batch: Batch, draws: MaskRandomness | None, scale: float
+    ) -> Losses:
         patches = normalise(batch.images, patch_size=vit.patch_size, **layout)
         clean = forward(patches, tapped=strategy is not None and strategy.needs_cam)
-        task, cotangents = task_loss(clean.prediction, batch.labels, config.w_task * scale)
+        task, cotangents = task_loss_and_cotangents(clean.prediction, batch.labels, config.w_task * scale)
         if method.distill == "none":
             clean.pull_back(cotangents)
             return _losses(config, task, torch.zeros_like(task))
@@ -282,11 +288,11 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
         if strategy is None:
             with torch.no_grad():
                 theirs = teacher(patches)
-            distill, more = distillation(clean.prediction, theirs, weight)
+            distill, more = distillation_and_cotangents(clean.prediction, theirs, weight)
             clean.pull_back(_add(cotangents, more))
             return _losses(config, task, distill)
         assert draws is not None
-        cam = relevance(clean, batch.labels) if strategy.needs_cam else None
+        cam = relevance_map(clean, batch.labels) if strategy.needs_cam else None
         clean.pull_back(cotangents)
         del clean
         masked = masked_input(batch.images, cam, strategy, draws, grid=vit.grid, **layout)
@@ -294,14 +300,14 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
         with torch.no_grad():
             theirs = teacher(seen, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
         ours = forward(seen, masked)
-        distill, cotangents = distillation(ours.prediction, theirs, weight)
+        distill, cotangents = distillation_and_cotangents(ours.prediction, theirs, weight)
         if cam is not None:  # NaN compares as not masked: let it reach the loss instead of passing silently
             distill = distill.masked_fill(~cam.isfinite().all(), torch.nan)
         ours.pull_back(cotangents)
         losses = _losses(config, task, distill, mask_share(cam, strategy, draws, patches=vit.patches))
         return losses if cam is None else losses._replace(cam_entropy=entropy(cam).to(task.dtype))
 
-    return body
+    return losses_and_backward
 
 
 def _add(one: Cotangents, other: Cotangents) -> Cotangents:
