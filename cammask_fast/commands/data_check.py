@@ -41,7 +41,7 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
     """The report for people; long lists are cut, and say so."""
     splits = report["splits"]
     width = max(len("split"), *map(len, splits))
-    yield f"{'split':{width}}  images  classes  unreadable        size  width x height (smallest, median, largest)  place"
+    yield f"{'split':{width}}  images  classes  unreadable        size  width x height (smallest, median, largest)  path"
     for name, split in splits.items():
         sides = ", ".join(f"{split['pixels'][what][0]:.0f} x {split['pixels'][what][1]:.0f}" for what in split["pixels"])
         numbers = f"{split['images']:6}  {split['classes']:7}  {split['unreadable']:10}  {split['bytes'] / 1e6:7.1f} MB"

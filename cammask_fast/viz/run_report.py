@@ -52,8 +52,8 @@ def curves(steps: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str, Any
         ("Gradient norm and learning rate", ("gradient_norm", "lr")),
         ("Masks: share of the patches, and entropy of the maps (1: even)", ("mask_share", "cam_entropy")),
     )
-    if epochs:
-        names = sorted({name for line in epochs for name in line["accuracy"]})
+    names = sorted({name for line in epochs for name in line["accuracy"]})
+    if names:
         values = {name: [(line["epoch"], line["accuracy"].get(name)) for line in epochs] for name in names}
         pictures.append(picture("Accuracy by epoch, %", _lines(values, "epoch")))
     for title, names_of_panel in panels:
@@ -195,7 +195,8 @@ def _lines(values: Mapping[str, Sequence[tuple[float, float | None]]], label: st
     for axis in axes:
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.has_data():
+            axis.legend(fontsize=8)
     return figure
 
 
