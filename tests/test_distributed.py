@@ -363,7 +363,7 @@ def test_another_number_of_processes_only_with_global_donors(photos: Path, tmp_p
         done = run(train(photos, out, *options), ranks=2)
         if donors == "batch":
             assert done.returncode != 0
-            assert "begun with other settings: processes 2 instead of 1" in done.stderr
+            assert "started with other settings: processes 2 instead of 1" in done.stderr
         else:
             assert done.returncode == 0, done.stderr
             assert "resuming from step" in done.stderr

@@ -91,7 +91,7 @@ def test_a_stop_in_the_middle_saves_and_goes_on(
     for _ in range(STEPS // 10):
         with stopping(monkeypatch, every=10):
             assert main([str(word) for word in train(photos, out, *sparse)]) == 75
-        assert re.search(r"stopped at step \d+ of 42, saved; start again", capsys.readouterr().err)
+        assert re.search(r"stopped at step \d+ of 42, saved; run the same command again", capsys.readouterr().err)
     assert main([str(word) for word in train(photos, out, *sparse)]) == 0
     assert "resuming from step 40 of 42" in capsys.readouterr().err
     assert_same_run(out, whole)
