@@ -232,9 +232,8 @@ def test_the_watch_knows_when_the_compiler_runs(monkeypatch: pytest.MonkeyPatch)
         return graph.forward
 
     monkeypatch.setattr(watchdog, "_current", watch)
-    handler = torch._dynamo.callback_handler  # type: ignore[attr-defined]
-    monkeypatch.setattr(handler, "start_callbacks", [])
-    monkeypatch.setattr(handler, "end_callbacks", [])
+    for name in ("start_callbacks", "end_callbacks"):
+        monkeypatch.setattr(f"torch._dynamo.callback.callback_handler.{name}", [])
     distributed.watch_compiler()
     double = torch.compile(lambda x: 2 * x, backend=compiler)
     assert double(torch.ones(2)).tolist() == [2, 2]

@@ -94,13 +94,13 @@ def test_buckets_at_the_end_of_the_graph_are_sent_early_and_in_order(monkeypatch
     monkeypatch.setattr(inductor, "contains_collective", lambda node: node.name[0] == "a")
     monkeypatch.setattr(inductor, "contains_wait", lambda node: node.name[0] == "w")
     kernels = [
-        Kernel("m1"), Kernel("p1", "m1"), Kernel("t2", "p1"), Kernel("m3", "p1"), Kernel("m4", "m3"),
+        Kernel("m1"), Kernel("p1", "m1"), Kernel("m2", "p1"), Kernel("t2", "p1"), Kernel("m3", "p1"), Kernel("m4", "m3"),
         Kernel("b1", "m3"), Kernel("c1", "b1"), Kernel("a1", "c1"), Kernel("w1", "a1"), Kernel("u1", "w1"),
         Kernel("b2", "t2"), Kernel("a2", "b2", "(w1)", "(a1)"), Kernel("w2", "a2"),
         Kernel("b3", "m4"), Kernel("a3", "b3", "(w2)"), Kernel("w3", "a3"), Kernel("u2", "w2", "w3", "u1"),
     ]  # fmt: skip
     ordered = [kernel.name for kernel in overlap_all_reduce(kernels)]
-    expected = ["m1", "p1", "t2", "b2", "m3", "b1", "c1", "a1", "a2", "m4", "b3", "a3", "w1", "u1", "w2", "w3", "u2"]
+    expected = ["m1", "p1", "m2", "t2", "b2", "m3", "b1", "c1", "a1", "a2", "m4", "b3", "a3", "w1", "u1", "w2", "w3", "u2"]
     assert ordered == expected
 
 

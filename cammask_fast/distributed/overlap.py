@@ -36,10 +36,10 @@ def overlap_all_reduce(nodes: list[Node]) -> list[Node]:
     maker = {name: node for node in nodes for name in node.get_buffer_names()}
     needs: dict[Node, set[Node]] = {}
     for node in nodes:  # Inductor keeps collectives in order by fake needs, also of the waits between them
-        real = [
-            dep.name for dep in node.unmet_dependencies if not (contains_collective(node) and getattr(dep, "is_fake", False))
-        ]
-        needs[node] = {maker[name] for name in real if name in maker} - {node}
+        deps = node.unmet_dependencies
+        if contains_collective(node):
+            deps = [dep for dep in deps if not getattr(dep, "is_fake", False)]
+        needs[node] = {maker[dep.name] for dep in deps if dep.name in maker} - {node}
     late: set[Node] = set()
     for node in nodes:
         if contains_wait(node) or needs[node] & late:

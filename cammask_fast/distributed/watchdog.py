@@ -154,6 +154,8 @@ def heartbeat(phase: str) -> None:
 
 def watch_compiler() -> None:
     """Tell the watchdog from now on when this process compiles: in its first step, or for another number of images."""
+    from torch._dynamo.callback import callback_handler  # takes a second: only where something is compiled
+
     watchdog = _current
     if watchdog is None:
         return
@@ -165,8 +167,8 @@ def watch_compiler() -> None:
         watchdog.compiling = False
         watchdog.beat(watchdog.doing)
 
-    torch._dynamo.on_compile_start(starts)  # type: ignore[attr-defined]
-    torch._dynamo.on_compile_end(ends)  # type: ignore[attr-defined]
+    callback_handler.register_start_callback(starts)
+    callback_handler.register_end_callback(ends)
 
 
 def claim_first_failure(message: str) -> str | None:
