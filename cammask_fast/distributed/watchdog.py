@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from cammask_fast.runtime.env import local_rank
