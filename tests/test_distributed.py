@@ -158,24 +158,24 @@ class Clock:
 
 
 class Pair:
-    """Two ranks, of which the first looks; a rank in `answers` has told where it stands whenever the first looks again."""
+    """Two ranks, of which the first looks; the second, while it `answers`, tells where it stands whenever the first waits."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock, store = Clock(), HashStore()
         self.ranks = [distributed.Watchdog(store, rank, 2, 10.0, clock=self.clock) for rank in (0, 1)]
-        self.answers = {0, 1}
+        self.answers = True
         monkeypatch.setattr(time, "sleep", lambda seconds: self.tell())
         for rank in self.ranks:
             rank.beat("in step 1")
 
     def tell(self) -> None:
-        for rank in self.answers:
-            self.ranks[rank].ticks += 1
-            self.ranks[rank].publish_heartbeat()
+        if self.answers:
+            self.ranks[1].tick()
 
     def after(self, seconds: float) -> str | None:
         """What the first rank finds so much later."""
         self.clock.now += seconds
+        self.ranks[0].tick()
         self.tell()
         return self.ranks[0].find_stalled_rank()
 
@@ -207,11 +207,23 @@ def test_a_rank_that_stops_while_it_compiles_does_not_answer(monkeypatch: pytest
     pair = Pair(monkeypatch)
     pair.ranks[1].compiling = True
     pair.tell()
-    pair.answers = {0}
+    pair.answers = False
     said = pair.after(11)
     assert said is not None
     assert said.startswith("no progress for 10 s (--timeout): rank 1 (pid ")
     assert "does not answer" in said
+
+
+def test_a_rank_that_looks_for_a_stalled_one_answers_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several may look at the same time, for as long as a compiler may keep them waiting."""
+    pair = Pair(monkeypatch)
+    pair.ranks[1].compiling = True
+    pair.tell()
+    pair.answers = False
+    ticks: list[int] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: ticks.append(pair.ranks[1]._statuses()[0]["ticks"]))
+    assert pair.after(11) is not None
+    assert ticks == list(range(1, 1 + 4 * watchdog.SILENT_LOOKS))
 
 
 def test_without_a_compilation_the_time_is_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:

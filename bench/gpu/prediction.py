@@ -30,8 +30,10 @@ COUNTED: dict[tuple[str, str], Work] = {
     ("ViT-B/16", "masked-object"): Work(249.7e9, 15.47e9, 557.1e6, 4.04e9),
     ("ViT-B/16", "masked-topk"): Work(187.7e9, 11.05e9, 432.7e6, 4.04e9),
     ("ViT-B/32", "masked-object"): Work(64.32e9, 0.996e9, 140.8e6, 4.59e9),
+    ("ViT-L/14", "masked-object"): Work(1199e9, 73.9e9, 2007e6, 15.0e9),
 }
-"""By architecture and method, in bf16: at 64 and 512 images; top-k at 256, with the bytes per step of the other method."""
+"""By architecture and method, in bf16, at 64 and 512 images. With one batch counted, bytes per step are taken as proportional
+to the parameters: top-k (256 images) and L/14 (128 images; 4 and 8 layers were counted and continued to 24)."""
 
 
 class Prediction(NamedTuple):

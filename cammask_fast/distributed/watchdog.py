@@ -50,6 +50,11 @@ class Watchdog(threading.Thread):
         status = {"beats": self.beats, "doing": self.doing, "ticks": self.ticks, "compiling": self.compiling, **names}
         self.store.set(f"at/{self.rank}", json.dumps(status))
 
+    def tick(self) -> None:
+        """Tell the other ranks that this process still answers."""
+        self.ticks += 1
+        self.publish_heartbeat()
+
     def finish(self) -> None:
         """Wait for the thread too: the interpreter must not end, nor the group go, while it talks to the store."""
         self.over.set()
@@ -57,9 +62,8 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         while not self.over.wait(TICK):
-            self.ticks += 1
             try:
-                self.publish_heartbeat()
+                self.tick()
                 if self.store.check([FAILED]):
                     time.sleep(TICK)  # this process may be about to end by itself
                     self._end(None)
@@ -101,7 +105,9 @@ class Watchdog(threading.Thread):
         before = after = self._statuses()
         silent: list[int] = []
         for _ in range(SILENT_LOOKS):
-            time.sleep(4 * TICK)
+            for _ in range(4):
+                time.sleep(TICK)
+                self.tick()  # other ranks may be looking at this one meanwhile
             after = self._statuses()
             silent = [rank for rank in range(self.size) if rank != self.rank and after[rank]["ticks"] == before[rank]["ticks"]]
             if not any(after[rank]["compiling"] for rank in silent):

@@ -212,14 +212,16 @@ def tile_record(tiles_: tuple[int, ...], arch: str, seconds: float | None) -> di
 
 
 def test_the_sweeps_winner_goes_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, even, broken = (64, 32, 4, 2), (32, 64, 8, 2), (128, 64, 4, 3)
+    fast, even, broken, lost = (64, 32, 4, 2), (32, 64, 8, 2), (128, 64, 4, 3), (64, 64, 4, 2)
     records = [
         tile_record(fast, "B", 1.0), tile_record(fast, "L", 9.0), tile_record(even, "B", 1.1), tile_record(even, "L", 3.0),
-        tile_record(broken, "B", 0.1), tile_record(broken, "B", 0.5), tile_record(broken, "L", None), {"op": "device"},
+        tile_record(broken, "B", 0.1), tile_record(broken, "B", 0.5), tile_record(broken, "L", None),
+        tile_record(lost, "B", 0.5), tile_record(lost, "L", 3.0), tile_record(lost, "L", None), {"op": "device"},
     ]  # fmt: skip
     assert tiles.winner(records) == Tiles(*even)
     assert tiles.scores(records)[Tiles(*even)] == pytest.approx((1.1 / 0.5 + 1) / 2)
     assert Tiles(*broken) not in tiles.scores(records)
+    assert Tiles(*lost) not in tiles.scores(records), "the last record of a case counts"
     source = Path(str(cls_relevance.__file__)).read_text()
     text = tiles.rewritten(source, Tiles(1, 2, 3, 4))
     changed = [(a, b) for a, b in zip(source.splitlines(), text.splitlines(), strict=True) if a != b]
@@ -227,7 +229,7 @@ def test_the_sweeps_winner_goes_into_the_table(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match="expected one row"):
         tiles.rewritten("nothing", Tiles(1, 2, 3, 4))
     with pytest.raises(ValueError, match="no tiles ran"):
-        tiles.winner(records[-2:])
+        tiles.winner(records[-1:])
     copy = tmp_path / "kernel.py"
     copy.write_text(source)
     (tmp_path / "kernels.jsonl").write_text("\n".join(json.dumps(record) for record in records))
