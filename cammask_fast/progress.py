@@ -21,7 +21,7 @@ class DataWait:
         self.on_gpu, self.seconds, self.started = device.type == "cuda", 0.0, time.perf_counter()
 
     def over(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The batches, with the wait for each added to `seconds`."""
+        """Yield the batches, adding the wait for each to `seconds`."""
         source = iter(batches)
         while True:
             begun = time.perf_counter()
@@ -35,7 +35,7 @@ class DataWait:
 
     @property
     def share(self) -> float:
-        """Of the time since this object was made, 0 to 1."""
+        """Share of the time since this object was made that was spent waiting, 0 to 1."""
         return self.seconds / (time.perf_counter() - self.started)
 
 
@@ -47,7 +47,7 @@ class Throughput:
         self.images, self.at = images, time.perf_counter()
 
     def read(self, images: int) -> float:
-        """images: done so far."""
+        """Images per second since the last read; `images` is the number done so far."""
         now = time.perf_counter()
         rate = (images - self.images) / (now - self.at)
         self.images, self.at = images, now
@@ -68,7 +68,7 @@ class TrainingProgress:
         self.bar = tqdm(total=total, unit="img", unit_scale=True, disable=quiet, leave=False)
 
     def begin(self, done: int) -> None:
-        """Of a run that goes on: the images of its first part do not count for its speed."""
+        """Start at `done` images: in a resumed run the images of its first part do not count for the speed."""
         self.before, self.started, self.next_line = done, time.perf_counter(), int(10 * done / self.total + 1) / 10
 
     def __enter__(self) -> TrainingProgress:

@@ -43,10 +43,10 @@ from cammask_fast.state import TrainState
 
 
 class Losses(NamedTuple):
-    """Scalars on the device, detached. total = w_task * task + w_distill * distill.
+    """Scalars on the device, detached.
 
-    mask_share: share of the patches that were masked. cam_entropy: entropy of the relevance over the patches, mean over the
-    batch, 1 for an even map, 0 for a single patch; NaN where the method has no map.
+    total: w_task * task + w_distill * distill. mask_share: share of the patches that were masked. cam_entropy: entropy of the
+    relevance over the patches, mean over the batch, 1 for an even map, 0 for a single patch; NaN where the method has no map.
     """
 
     total: Tensor
@@ -57,21 +57,34 @@ class Losses(NamedTuple):
 
     @classmethod
     def of(cls, total: Tensor, task: Tensor, distill: Tensor, masked: Tensor | None = None) -> Losses:
-        """Without a map; masked: the mask share, 0 by default."""
+        """The losses of a step that computes no map.
+
+        Args:
+            total: w_task * task + w_distill * distill, scalar.
+            task: cross-entropy, scalar.
+            distill: distillation loss, scalar.
+            masked: share of masked patches, scalar; None is 0.
+
+        Returns:
+            The same values detached, in the dtype of `task`; cam_entropy is NaN.
+        """
         total, task, distill = total.detach(), task.detach(), distill.detach()
         share = torch.zeros_like(task) if masked is None else masked.to(task.dtype)
         return cls(total, task, distill, share, torch.full_like(task, torch.nan))
 
 
 class Step(Protocol):
-    """Adds the gradients of one (micro-)batch to the student's `.grad`, multiplied by `scale` (1 / accumulation)."""
+    """Adds the gradients of one micro-batch, multiplied by `scale` (1 / number of micro-batches), to the student's `.grad`."""
 
     def __call__(self, batch: Batch, draws: MaskRandomness | None, *, scale: float = 1.0) -> Losses: ...
 
 
 class TrainStep(Protocol):
-    """One optimiser step over micro-batches and their draws: gradients, their sum over the processes, clipping, update,
-    schedule, and a line in `TrainState.tally`. Returns the mean losses of this process."""
+    """One optimiser step over micro-batches and their random numbers.
+
+    It computes the gradients, sums them over the processes, clips, updates, advances the schedule and adds to
+    `TrainState.tally`. Returns the mean losses of this process.
+    """
 
     def __call__(self, parts: Sequence[tuple[Batch, MaskRandomness | None]]) -> Losses: ...
 
@@ -84,8 +97,11 @@ class Cotangents(NamedTuple):
 
 
 class StudentForward(NamedTuple):
-    """One forward of the student. tap_gradients: from a cotangent (N, K) of the logits to the gradients at the taps, without
-    any weight gradient. pull_back: from cotangents to weight gradients, added to those of the step; the pass's last call."""
+    """One forward of the student, differentiable at its taps and at its weights.
+
+    tap_gradients: maps a cotangent (N, K) of the logits to the gradients at the taps, without any weight gradient.
+    pull_back: maps cotangents to weight gradients and adds them to those of the step; the last call of a pass.
+    """
 
     prediction: Prediction
     taps: Taps | None
@@ -94,7 +110,7 @@ class StudentForward(NamedTuple):
 
 
 class Forward(Protocol):
-    """Runs the student on normalised patches (N, P, 3 * p * p); with `tapped` the CAM's taps can be differentiated."""
+    """Runs the student on normalised patches (N, P, 3 * p * p); with `tapped` the taps of the CAM are differentiable."""
 
     def __call__(self, patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> StudentForward: ...
 
@@ -110,8 +126,19 @@ def build_strategy(config: TrainConfig) -> Strategy | None:
 
 
 def build_step(student: Classifier, teacher: Classifier | None, config: TrainConfig) -> Step:
-    """The gradients of a method, eagerly. teacher: frozen, needed where the method distils, kept once in the type of the
-    products. Raises ValueError on what cannot work."""
+    """The gradients of a method, computed eagerly.
+
+    Args:
+        student: its gradients are added to `.grad`.
+        teacher: the frozen zero-shot classifier; needed where the method distils. Stored once in the compute dtype.
+        config: settings of the method.
+
+    Returns:
+        A function of a batch, its random numbers and a scale.
+
+    Raises:
+        ValueError: for a method that trains nothing, a top-k or a `cam_start_layer` beyond the model.
+    """
     dtype = compute_dtype(config.precision, student.head.weight)
     body, stored = step_body(student.visual.config, config, dtype), teacher and teacher.stored_in(dtype)
     forward = eager_forward(student, config, dtype)
@@ -130,13 +157,25 @@ def build_train_step(
     processes: int = 1,
     backend: Callable[..., Any] | str = "inductor",
 ) -> TrainStep:
-    """The whole optimiser step of `state`: eager over torch's AdamW, one graph over `FlatAdamW`.
+    """The whole optimiser step of `state`: eager over torch's AdamW, one compiled graph over `FlatAdamW`.
 
-    processes: those that share a batch; their gradients are averaged. config.compile, backend: mode and backend of
-    torch.compile. The compiled step takes the batch, its draws and the optimiser's tensors and changes the latter in place;
-    nothing leaves the device, and only another number of images makes another graph. With several micro-batches their gradients
-    are one graph and the update another. A step whose loss or gradient is not finite changes nothing but the tally and the
-    schedule. Raises ValueError on settings that cannot work.
+    The compiled step takes the batch, its random numbers and the optimiser's tensors, and changes the latter in place. Nothing
+    leaves the device, and only another number of images compiles another graph. With several micro-batches, the gradients of
+    one are one graph and the update is another. A step whose loss or gradient is not finite changes only the tally and the
+    schedule.
+
+    Args:
+        state: student, optimiser, schedule and step statistics.
+        teacher: the frozen zero-shot classifier; needed where the method distils.
+        config: settings of the method; `compile` is the mode of torch.compile.
+        processes: number of processes that share a batch; their gradients are averaged.
+        backend: of torch.compile, for tests.
+
+    Returns:
+        A function of the micro-batches and their random numbers.
+
+    Raises:
+        ValueError: for settings that cannot work, see `build_step`.
     """
     optimizer = state.optimizer
     if isinstance(optimizer, FlatAdamW):
@@ -246,7 +285,22 @@ def _mean(losses: Sequence[Losses]) -> Losses:
 
 
 def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAndBackward:
-    """The step over any `Forward`: clean forward, CAM, task pullback, counterfactual, teacher, masked forward and pullback."""
+    """The losses and backward passes of a method, over any `Forward`.
+
+    In order: clean forward, CAM, weight gradients of the task loss, masked input, teacher, masked forward, weight gradients of
+    the distillation loss (paper, sections 3.2 to 3.4).
+
+    Args:
+        vit: shape of the image tower.
+        config: settings of the method.
+        dtype: of the normalised pixels.
+
+    Returns:
+        A function of a forward, the teacher, a batch, its random numbers and a scale.
+
+    Raises:
+        ValueError: for a method that trains nothing, a top-k or a `cam_start_layer` beyond the model.
+    """
     method, strategy = config.resolved, build_strategy(config)
     if method.trained == "none":
         raise ValueError(f"method {config.method!r} trains nothing; use `cammask evaluate` or `cammask zeroshot`")
@@ -319,8 +373,16 @@ def _losses(config: TrainConfig, task: Tensor, distill: Tensor, masked: Tensor |
 
 
 def eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) -> Callable[[], Forward]:
-    """Passes over autograd's graph, with the weights as they are when the result is called, once per step; weight gradients go
-    to `.grad`."""
+    """Forward passes on autograd's graph; weight gradients are added to `.grad`.
+
+    Args:
+        student: the classifier to run.
+        config: settings; `cam` and `cam_start_layer` choose the taps.
+        dtype: compute dtype; weights of another dtype are cast once per step.
+
+    Returns:
+        A function to call once per step; its result runs the student with the weights of that moment.
+    """
     if student.visual.conv1.weight.dtype == dtype:
         return lambda: _autograd_forward(student, config)
     weights = ComputeCopy(student, dtype)
@@ -402,7 +464,17 @@ def _functional_forward(
 def sample_step_randomness(
     strategy: Strategy | None, batch: Batch, patches: int, generator: torch.Generator
 ) -> MaskRandomness | None:
-    """The random numbers of one step, or None where the method masks nothing."""
+    """Draw the random numbers of one micro-batch.
+
+    Args:
+        strategy: the masking strategy, None for clean images.
+        batch: gives the number of images, N.
+        patches: patches per image, P.
+        generator: on the device of the batch; it advances.
+
+    Returns:
+        The draws, or None without a strategy.
+    """
     if strategy is None:
         return None
     return sample_mask_randomness(strategy, count=len(batch.labels), patches=patches, generator=generator)

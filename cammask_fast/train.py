@@ -61,7 +61,7 @@ def _nothing() -> None:
 
 @dataclass(kw_only=True)
 class Run:
-    """What surrounds a training: the processes that share it, and what lets it survive. Without any of it, it just trains."""
+    """What surrounds a training run: its processes, checkpoints, log and signals. The defaults just train."""
 
     world: World = field(default_factory=World)
     checkpoints: Checkpoints | None = None
@@ -84,7 +84,10 @@ class Run:
     """Folder for what is known of a run that stopped on non-finite losses."""
 
     def resume(self, state: TrainState, loader: Loader) -> None:
-        """Put a state, its generator and its loader where the newest checkpoint has them, if there is one."""
+        """Restore the state, its generator and its loader from the newest intact checkpoint, if there is one.
+
+        Raises ValueError where the checkpoint was written with other settings.
+        """
         if not self.save_every:
             return
         found = self.checkpoints.newest() if self.checkpoints is not None else None
@@ -101,7 +104,7 @@ class Run:
             self.resumed(state.step, state.epoch, None if found is None else found.path)
 
     def save(self, state: TrainState, loader: Loader) -> None:
-        """On all processes at the same step; rank 0 writes."""
+        """Write a checkpoint. Called by all processes at the same step, since it gathers their generators; rank 0 writes."""
         if not self.save_every:
             return
         device = state.student.head.weight.device
@@ -111,7 +114,7 @@ class Run:
             self.checkpoints.save(Snapshot({**tensors, "generators": generators}, {**metadata, "loader": loader.state_dict()}))
 
     def finish(self) -> None:
-        """Until the last checkpoint is on the disk."""
+        """Wait until the last checkpoint is on disk."""
         if self.checkpoints is not None:
             self.checkpoints.wait()
 
@@ -126,12 +129,26 @@ def fine_tune(
     log_every: int = 10,
     run: Run | None = None,
 ) -> FineTuned:
-    """Fine-tune a copy of `pretrained`; return the checkpoint with the best validation accuracy and the last one.
+    """Fine-tune a copy of a classifier.
 
-    `pretrained` is also the teacher. Without a validation loader, and for WiSE-FT, the last checkpoint counts. The loader's
-    batches are optimiser steps (its share of them where several processes train); `config.accumulate` cuts them into
-    micro-batches. Raises ValueError on settings that cannot work, NonFiniteLoss, and TrainingPreempted when `run.stop` asked
-    for it.
+    Args:
+        pretrained: the zero-shot classifier: start of the student, and the teacher. It is left as it is.
+        train: loader of the training images. Its batches are optimiser steps (this process's share of them where several
+            train); `config.accumulate` cuts them into micro-batches.
+        validation: loader of the images that choose the best checkpoint. None: the last checkpoint is the best one, as it
+            always is for WiSE-FT.
+        config: settings of the method.
+        progress: called every `log_every` steps, see `Progress`.
+        log_every: steps between two reads of the losses, which are also written to `run.log`.
+        run: processes, checkpoints, log and signals; None trains without any.
+
+    Returns:
+        The best and the last checkpoint, in evaluation mode, and the number of steps that were skipped.
+
+    Raises:
+        ValueError: for settings that cannot work.
+        NonFiniteLoss: too many steps in a row had a loss or gradient that was not finite.
+        TrainingPreempted: `run.stop` asked for it; a checkpoint was written if the run keeps any.
     """
     run = Run() if run is None else run
     if config.resolved.trained == "head":
@@ -181,7 +198,18 @@ def fine_tune(
 
 
 def split_microbatches(batch: Batch, config: TrainConfig, state: TrainState, world: World) -> Parts:
-    """The micro-batches of a step and their draws."""
+    """Cut this process's batch into micro-batches and draw their masks and donors.
+
+    Args:
+        batch: images (n, H, W, 3) or (n, 3, H, W) and labels (n,) of this process, n = N / processes.
+        config: settings; `accumulate` is the number of micro-batches, `donors` says whether donors come from the micro-batch or
+            from the global batch.
+        state: holds the number of patches and the generator.
+        world: rank and number of processes.
+
+    Returns:
+        `config.accumulate` pairs of a micro-batch and its random numbers, None where the method masks nothing.
+    """
     strategy, patches = build_strategy(config), state.student.visual.config.patches
     pieces = [Batch(*piece) for piece in zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True)]
     if strategy is None or config.donors == "batch":
@@ -193,7 +221,17 @@ def split_microbatches(batch: Batch, config: TrainConfig, state: TrainState, wor
 
 
 def epoch_scores(model: Classifier, validation: Loader | None, run: Run, device: torch.device) -> dict[str, float]:
-    """Accuracy in percent after an epoch: `validation`, where there is one, and the run's evaluation sets."""
+    """Accuracies after an epoch.
+
+    Args:
+        model: the student in evaluation mode.
+        validation: loader of the validation images, if there are any.
+        run: has the function that scores the run's evaluation sets.
+        device: of the model.
+
+    Returns:
+        Top-1 accuracy in percent by name: `validation`, then the evaluation sets.
+    """
     scores = {} if validation is None else {"validation": accuracy(model, validation, device=device)}
     return scores | dict(run.evaluate(model) if run.evaluate is not None else {})
 
@@ -208,7 +246,21 @@ def log_and_check_finite(
     waited: float,
     images_per_second: float,
 ) -> None:
-    """Read the tally and report it. Raises NonFiniteLoss after too many steps in a row that were skipped."""
+    """Read the step statistics, which synchronises with the device, and report them.
+
+    Args:
+        state: its statistics are read and reset.
+        config: settings; `max_skipped` bounds the steps in a row that may be skipped.
+        parts: micro-batches and random numbers of the last step, for the debug files.
+        run: has the log and the folder for debug files.
+        steps: optimiser steps of the whole run.
+        progress: see `Progress`; None reports nothing.
+        waited: share of the time spent waiting for data, 0 to 1.
+        images_per_second: throughput of all processes since the last read.
+
+    Raises:
+        NonFiniteLoss: `max_skipped` steps in a row, or all steps of a shorter run, were skipped.
+    """
     tally = state.read_and_reset()
     if run.log is not None:
         values = {"loss": tally.loss, **tally.metrics, "lr": state.learning_rate(), "images_per_second": images_per_second}

@@ -45,9 +45,18 @@ def set_backend(backend: Backend) -> Backend:
 
 
 def uses_triton(op: str, device: torch.device, ineligible: str | None) -> bool:
-    """Whether `op` runs its Triton kernel on tensors of `device`.
+    """Whether an op runs its Triton kernel.
 
-    ineligible: why the kernel cannot take this input, None if it can. Raises ValueError if Triton was asked for and cannot run.
+    Args:
+        op: its name, for the message.
+        device: of its tensors.
+        ineligible: why the kernel cannot take this input; None if it can.
+
+    Returns:
+        True for the kernel, False for the reference.
+
+    Raises:
+        ValueError: Triton was asked for and cannot run.
     """
     if _chosen != "triton":
         return _chosen == "auto" and device.type == "cuda" and ineligible is None

@@ -209,8 +209,22 @@ def plan_cls_relevance(
     grad_out: Tensor,
     lse: Tensor | None,
 ) -> list[Launch]:
-    """The launches of one layer. out: (N, L). partial: (N, A, L), scratch. statistics: (2, N, A, L), scratch, for full
-    layers without `lse`. Scratch and out are float32 and contiguous."""
+    """The launches of one layer.
+
+    Args:
+        out: float32 (N, L), contiguous; written.
+        partial: float32 (N, A, L), contiguous; scratch, the sums over queries per head.
+        statistics: float32 (2, N, A, L), contiguous; scratch, row maxima and log sums. None with `lse` and in the last layer.
+        relevance: float32 (N, L), any strides.
+        q: (N, A, L, d), or (N, A, 1, d) in the last layer; stride 1 along d, as k, v and grad_out.
+        k: (N, A, L, d).
+        v: (N, A, L, d).
+        grad_out: shaped like q, the gradient at the attention output.
+        lse: float32 (N, A, rows of q), natural log of the softmax denominators, or None.
+
+    Returns:
+        Launches in their order, to be given to `launch.run`.
+    """
     count, heads, length, width = k.shape
     rows = q.shape[2]
     tiles = TILES[k.dtype.itemsize, width]
@@ -289,7 +303,18 @@ def plan_cls_relevance(
 
 
 def cls_relevance_ineligible(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> str | None:
-    """Why the kernels cannot take this layer; None if they can."""
+    """Why the kernels cannot take a layer.
+
+    Args:
+        relevance: (N, L).
+        q: (N, A, L, d) or (N, A, 1, d).
+        k: (N, A, L, d).
+        v: (N, A, L, d).
+        grad_out: shaped like q.
+
+    Returns:
+        The reason in words; None if the kernels can take it.
+    """
     if relevance.dtype != torch.float32:
         return f"relevance is {relevance.dtype}, the kernels take float32"
     if k.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -310,6 +335,19 @@ def cls_relevance_ineligible(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor,
 
 
 def launch_cls_relevance(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor | None) -> Tensor:
+    """Run the kernels on one layer. Arguments are those of `cls_relevance`, already checked.
+
+    Args:
+        relevance: float32 (N, L).
+        q: (N, A, L, d) or (N, A, 1, d).
+        k: (N, A, L, d).
+        v: (N, A, L, d).
+        grad_out: shaped like q.
+        lse: float32 (N, A, rows of q), or None.
+
+    Returns:
+        float32 (N, L).
+    """
     count, heads, length, _ = k.shape
     out = torch.empty(count, length, dtype=torch.float32, device=k.device)
     partial = torch.empty(count, heads, length, dtype=torch.float32, device=k.device)
@@ -339,8 +377,23 @@ def _(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse:
 def cls_relevance_flops(
     relevance_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, grad_shape: Any, lse_shape: Any = None, **_: Any
 ) -> int:
-    """Two floating-point operations per multiply-add: Q K^T, dO V^T and the sum over queries, as in the reference; without lse
-    Q K^T once more for the row statistics, as the kernels recompute it."""
+    """Floating-point operations of the operator, two per multiply-add.
+
+    Counted are Q K^T, dO V^T and the sum over queries, as in the reference, and without lse Q K^T once more for the row
+    statistics, as the kernels recompute it.
+
+    Args:
+        relevance_shape: (N, L).
+        q_shape: (N, A, rows, d).
+        k_shape: (N, A, L, d).
+        v_shape: (N, A, L, d).
+        grad_shape: shaped like q.
+        lse_shape: (N, A, rows), or None.
+        _: what PyTorch's counter passes besides.
+
+    Returns:
+        The number of operations.
+    """
     count, heads, length, width = k_shape
     rows = q_shape[2]
     product = 2 * count * heads * rows * length * width
@@ -350,13 +403,23 @@ def cls_relevance_flops(
 def cls_relevance(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, *, lse: Tensor | None = None) -> Tensor:
     """One layer of the CLS row of the relevance rollout: r + r A_bar, A_bar = mean over heads of P * relu(dP).
 
-    relevance: (N, L), float32 (float64 in plain PyTorch), the row r that came down from the layers above, e_CLS at the top.
-    k, v: (N, A, L, d) in float32, float16 or bfloat16, any strides; the kernels take stride 1 along d, as views of a packed
-    projection have it, d = 32 or 64 and L up to 577. q, grad_out: (N, A, L, d), or (N, A, 1, d) in the last layer, where only
-    the CLS row of the gradient is not zero; grad_out is the gradient of the class score at the attention output, before
-    out_proj. lse: float32 (N, A, rows of q), natural log of the softmax denominators of the scores Q K^T / sqrt(d), if at hand.
-    Returns (N, L) in relevance's dtype, accumulated in float32; no gradient. Raises ValueError, naming the argument, on other
-    shapes, dtypes or devices. Source: MM-CAM, read at its CLS row.
+    Source: MM-CAM, R += A_bar R, read at its CLS row.
+
+    Args:
+        relevance: float32 (N, L) (float64 in plain PyTorch), the row r that came down from the layers above; e_CLS at the top.
+        q: float32, float16 or bfloat16 (N, A, L, d), or (N, A, 1, d) in the last layer, where only the CLS row of the gradient
+            is not zero. Any strides; the kernels take stride 1 along d, as views of a packed projection have it, d = 32 or 64,
+            and L up to 577.
+        k: (N, A, L, d), as q.
+        v: (N, A, L, d), as q.
+        grad_out: shaped like q, the gradient of the class score at the attention output, before out_proj.
+        lse: float32 (N, A, rows of q), natural log of the softmax denominators of the scores Q K^T / sqrt(d), if at hand.
+
+    Returns:
+        (N, L) in relevance's dtype, accumulated in float32; no gradient.
+
+    Raises:
+        ValueError: naming the argument, for other shapes, dtypes or devices.
     """
     check_cls_relevance(relevance, q, k, v, grad_out, lse)
     return torch.ops.cammask.cls_relevance(relevance, q, k, v, grad_out, lse)

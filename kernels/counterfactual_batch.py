@@ -2,9 +2,10 @@
 
     c = relevance / (max over patches + 1e-8)                              per image
     m = (c > threshold, or c among the top_k highest) xor context          per patch, or per pixel after bilinear up-sampling
-    out[n] = (where(m, images[donor], images[n]) / 255 - mean) / std       Shape letters: `kernels`.
+    out[n] = (where(m, images[donor], images[n]) / 255 - mean) / std
 
 Source: paper section 3.3 (masking and filling) and CLIP's pixel normalisation.
+Shape letters: `kernels/__init__.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,21 @@ def plan_counterfactual_batch(
     layout: str = "nchw",
     **options: Any,
 ) -> list[Launch]:
-    """One launch that writes `counterfactual_batch` into out. options: top_k, context, constant and first."""
+    """One launch that writes `counterfactual_batch` into out.
+
+    Args:
+        out: the result, `empty_for`.
+        images: uint8 (M, H, W, 3) or float (M, 3, H, W).
+        relevance: float32 (N, P), the raw map.
+        donors: int64 (N,), (N, P) or None.
+        threshold: of the object mask; None for top_k.
+        upsample: `nearest` or `bilinear`.
+        layout: of the result, `nchw` or `patches`.
+        **options: top_k, context, constant and first, as for `counterfactual_batch`.
+
+    Returns:
+        A list of one launch.
+    """
     grid = grid_of(relevance.shape[1], image_size(images)[2])
     select = "top_k" if threshold is None else "bilinear" if upsample == "bilinear" else "threshold"
     shape: dict[str, Any] = {"layout": layout, "grid": (grid, grid)}
@@ -56,6 +71,19 @@ def plan_counterfactual_batch(
 def launch_counterfactual_batch(
     images: Tensor, relevance: Tensor, donors: Tensor | None, *, dtype: torch.dtype, layout: str, **options: Any
 ) -> Tensor:
+    """Run the kernel. Arguments are those of `counterfactual_batch`, already checked.
+
+    Args:
+        images: uint8 (M, H, W, 3) or float (M, 3, H, W).
+        relevance: float32 (N, P), the raw map.
+        donors: int64 (N,), (N, P) or None.
+        dtype: of the result.
+        layout: of the result, `nchw` or `patches`.
+        **options: the others of `OPTIONS`.
+
+    Returns:
+        `dtype` (N, 3, H, W) or (N, P, 3 * p * p).
+    """
     out = empty_for(relevance, images, dtype, layout)
     run(plan_counterfactual_batch(out, images, relevance, donors, layout=layout, **options))
     return out
@@ -116,8 +144,10 @@ def counterfactual_batch(
         layout: of the result, as for `normalise`.
         constant: as for `masked_fill`.
         first: as for `masked_fill`.
+
     Returns:
         `dtype` (N, 3, H, W) or (N, P, 3 * p * p), as `normalise`.
+
     Raises:
         ValueError: naming the argument, for wrong shapes, dtypes, devices and option values.
     """

@@ -1,8 +1,9 @@
 """Fill masked patches from donor images, and normalise, in one pass over the pixels.
 
-    out[n] = (where(mask, images[donor], images[n]) / 255 - mean) / std      Shape letters: `kernels`.
+    out[n] = (where(mask, images[donor], images[n]) / 255 - mean) / std
 
 Source: paper section 3.3 (single-fill, multi-fill) and CLIP's pixel normalisation.
+Shape letters: `kernels/__init__.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,19 @@ OPTIONS = ("dtype", "layout", "constant", "first")
 def plan_masked_fill(
     out: Tensor, images: Tensor, mask: Tensor, donors: Tensor | None, *, layout: str = "nchw", **fill: Any
 ) -> list[Launch]:
-    """One launch that writes `masked_fill` into out. fill: constant and first."""
+    """One launch that writes `masked_fill` into out.
+
+    Args:
+        out: the result, `empty_for`.
+        images: uint8 (M, H, W, 3) or float (M, 3, H, W).
+        mask: bool (N, P).
+        donors: int64 (N,), (N, P) or None.
+        layout: of the result, `nchw` or `patches`.
+        **fill: constant and first, as for `masked_fill`.
+
+    Returns:
+        A list of one launch.
+    """
     grid = grid_of(mask.shape[1], image_size(images)[2])
     return [plan_pixels(out, images, layout=layout, grid=(grid, grid), select="mask", selector=mask, donors=donors, **fill)]
 
@@ -44,6 +57,19 @@ def plan_masked_fill(
 def launch_masked_fill(
     images: Tensor, mask: Tensor, donors: Tensor | None, *, dtype: torch.dtype, layout: str, **fill: Any
 ) -> Tensor:
+    """Run the kernel. Arguments are those of `masked_fill`, already checked.
+
+    Args:
+        images: uint8 (M, H, W, 3) or float (M, 3, H, W).
+        mask: bool (N, P).
+        donors: int64 (N,), (N, P) or None.
+        dtype: of the result.
+        layout: of the result, `nchw` or `patches`.
+        **fill: constant and first.
+
+    Returns:
+        `dtype` (N, 3, H, W) or (N, P, 3 * p * p).
+    """
     out = empty_for(mask, images, dtype, layout)
     run(plan_masked_fill(out, images, mask, donors, layout=layout, **fill))
     return out
@@ -95,9 +121,11 @@ def masked_fill(
         constant: RGB in [0, 1], None for CLIP's mean, which is 0 after normalisation.
         first: int64 (), on the device of images: row n of mask, donors and result belongs to images[first + n], and all M
             images can donate (0 <= first <= M - N); without it, N = M.
+
     Returns:
         `dtype` (N, 3, H, W) or (N, P, 3 * p * p), as `normalise`. A donor or first outside the batch gives NaN pixels from the
         kernel, without a synchronisation.
+
     Raises:
         ValueError: naming the argument, for wrong shapes, dtypes and devices; on a CPU also for a donor or first outside the
             batch.

@@ -1,4 +1,9 @@
-"""CLIP's pixel normalisation: (x / 255 - mean) / std, one multiply-add per pixel in float32. Shape letters: `kernels`."""
+"""CLIP's pixel normalisation.
+
+    out = (images / 255 - mean) / std      per pixel, as one multiply-add in float32
+
+Source: the mean and std that CLIP was trained with. Shape letters: `kernels/__init__.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,17 @@ from .reference.pixels import image_size
 
 
 def plan_normalise(out: Tensor, images: Tensor, *, layout: str = "nchw", patch_size: int | None = None) -> list[Launch]:
-    """One launch that writes `normalise` of images into out."""
+    """One launch that writes `normalise` into out.
+
+    Args:
+        out: the result, `empty_result`.
+        images: uint8 (N, H, W, 3) or float (N, 3, H, W).
+        layout: of the result, `nchw` or `patches`.
+        patch_size: pixels per side of a patch, p; needed for `patches`.
+
+    Returns:
+        A list of one launch.
+    """
     _, height, width = image_size(images)
     if layout == "patches":
         assert patch_size is not None
@@ -25,6 +40,17 @@ def plan_normalise(out: Tensor, images: Tensor, *, layout: str = "nchw", patch_s
 
 
 def launch_normalise(images: Tensor, dtype: torch.dtype, layout: str, patch_size: int | None) -> Tensor:
+    """Run the kernel. Arguments are those of `normalise`, already checked.
+
+    Args:
+        images: uint8 (N, H, W, 3) or float (N, 3, H, W).
+        dtype: of the result.
+        layout: of the result, `nchw` or `patches`.
+        patch_size: pixels per side of a patch, p; None for `nchw`.
+
+    Returns:
+        `dtype` (N, 3, H, W) or (N, P, 3 * p * p).
+    """
     out = empty_result(images, dtype, layout, patch_size)
     run(plan_normalise(out, images, layout=layout, patch_size=patch_size))
     return out
@@ -63,8 +89,10 @@ def normalise(
         layout: `nchw`, or `patches`: row-major patches of a square image, each flattened in the order channel, y, x, so that
             patches @ conv.weight.flatten(1).T is a patch embedding.
         patch_size: pixels per side of a patch, p; needed for `patches`.
+
     Returns:
         (N, 3, H, W), or (N, P, 3 * p * p).
+
     Raises:
         ValueError: for other shapes, dtypes and layouts, and where patch_size does not divide the image.
     """

@@ -36,7 +36,17 @@ def order_key(c):
 
 @triton.jit
 def divisor_of(row_ptr, stride_patch, PATCHES: tl.constexpr, BLOCK_P: tl.constexpr):
-    """max over the patches of one image + 1e-8; NaN if any patch is NaN."""
+    """max over the patches of one image + 1e-8; NaN if any patch is NaN.
+
+    Args:
+        row_ptr: float32, the map of one image.
+        stride_patch: elements from one patch to the next.
+        PATCHES: P.
+        BLOCK_P: a power of two, at least P.
+
+    Returns:
+        float32 scalar.
+    """
     patches = tl.arange(0, BLOCK_P)
     row = tl.load(row_ptr + patches.to(tl.int64) * stride_patch, mask=patches < PATCHES, other=float("-inf")).to(tl.float32)
     any_nan = tl.max((row != row).to(tl.int32), axis=0) > 0
@@ -46,7 +56,20 @@ def divisor_of(row_ptr, stride_patch, PATCHES: tl.constexpr, BLOCK_P: tl.constex
 
 @triton.jit
 def rank_of(c, patch, row_ptr, stride_patch, divisor, PATCHES: tl.constexpr, CHUNK_P: tl.constexpr):
-    """How many patches of the image come before each of `patch`: a higher c, or the same c and a lower index."""
+    """How many patches of the image come before each of `patch`: a higher c, or the same c and a lower index.
+
+    Args:
+        c: float32, the normalised map at `patch`.
+        patch: int32, indices of patches, shaped like c.
+        row_ptr: float32, the raw map of the image.
+        stride_patch: elements from one patch to the next.
+        divisor: of the map, `divisor_of`.
+        PATCHES: P.
+        CHUNK_P: patches that are compared at a time.
+
+    Returns:
+        int32, shaped like c; 0 for the highest.
+    """
     key = order_key(c)
     rank = tl.zeros_like(patch)
     for start in range(0, PATCHES, CHUNK_P):
@@ -100,7 +123,21 @@ def plan_patch_select(
     top_k: int | None = None,
     context: bool = False,
 ) -> list[Launch]:
-    """One launch that writes a selection. kept_tokens: (N, n_keep + 1) for top_k, (N, 0) for a threshold."""
+    """One launch that writes a selection.
+
+    Args:
+        normalised: float32 (N, P), contiguous; written, the map over its maximum.
+        mask: bool (N, P), contiguous; written.
+        counts: int64 (N,); written, masked patches per image.
+        kept_tokens: int64 (N, n_keep + 1) for top_k, (N, 0) for a threshold; contiguous, written.
+        relevance: float32 (N, P), the raw map, any strides.
+        threshold: of the object mask; None for top_k.
+        top_k: patches of the object mask; None for a threshold.
+        context: mask everything but the object.
+
+    Returns:
+        A list of one launch.
+    """
     count, patches = relevance.shape
     block_p = triton.next_power_of_2(patches)
     arguments: dict[str, Any] = {
@@ -147,6 +184,17 @@ def _empty(relevance: Tensor, top_k: int | None, context: bool) -> tuple[Tensor,
 def launch_patch_select(
     relevance: Tensor, threshold: float | None, top_k: int | None, context: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the kernel. Arguments are those of `patch_select`, already checked.
+
+    Args:
+        relevance: float32 (N, P).
+        threshold: of the object mask, or None.
+        top_k: patches of the object mask, or None.
+        context: mask everything but the object.
+
+    Returns:
+        The normalised map (N, P), the mask (N, P), the counts (N,) and the kept tokens, (N, 0) for a threshold.
+    """
     out = _empty(relevance, top_k, context)
     run(plan_patch_select(*out, relevance, threshold=threshold, top_k=top_k, context=context))
     return out
@@ -182,13 +230,21 @@ def _patch_select_flops(*_: Any, **__: Any) -> int:
 def patch_select(
     relevance: Tensor, *, context: bool = False, threshold: float | None = None, top_k: int | None = None
 ) -> PatchSelection:
-    """Select the patches to mask.
+    """Select the patches to mask. Source: paper section 3.3; top-k is an addition.
 
-    relevance: float32 (N, P), or float64 in plain PyTorch. threshold in [0, 1]: the object mask is c > threshold (strict), c
-    the map over its maximum. top_k in 1..P: the object mask is the k highest, ties go to the lower patch index. context: mask
-    everything else instead. Exactly one of threshold and top_k. In a map with a NaN every c is NaN: nothing is above a
-    threshold, all tie in top_k. Returns PatchSelection(normalised, mask, counts, kept_tokens). Raises ValueError, naming the
-    argument, on another rank, dtype or option value. Source: paper section 3.3.
+    Args:
+        relevance: float32 (N, P), or float64 in plain PyTorch. In a map with a NaN every c is NaN: nothing is above a
+            threshold, all tie in top_k.
+        context: mask everything but the object.
+        threshold: in [0, 1]; the object mask is c > threshold (strict), c = relevance / (max over patches + 1e-8).
+        top_k: in 1..P; the object mask is the top_k highest, ties go to the lower patch index. Exactly one of threshold and
+            top_k.
+
+    Returns:
+        The normalised map c, the mask, the number of masked patches per image, and with top_k the kept tokens.
+
+    Raises:
+        ValueError: naming the argument, for another rank, dtype or option value.
     """
     check_selection(relevance, threshold=threshold, top_k=top_k)
     normalised, mask, counts, kept_tokens = torch.ops.cammask.patch_select(relevance, threshold, top_k, context)

@@ -1,4 +1,4 @@
-"""One pass over the pixels: what `normalise`, `masked_fill` and `counterfactual_batch` share. Shape letters: `kernels`.
+"""One pass over the pixels: what `normalise`, `masked_fill` and `counterfactual_batch` share.
 
     c = relevance / (max over patches + 1e-8)                          per image
     m = (c > threshold, or c among the top_k highest) xor context      per patch, or per pixel after bilinear up-sampling
@@ -296,7 +296,7 @@ def plan_pixels(
     constant: Sequence[float] | None = None,
     first: Tensor | None = None,
 ) -> Launch:
-    """The one launch of a pass over the pixels.
+    """The launch of one pass over the pixels.
 
     Args:
         out: the result, `empty_result`.
@@ -304,13 +304,16 @@ def plan_pixels(
         layout: of the result, `nchw` or `patches`.
         grid: rows and columns of patches.
         select: `none` (normalise alone), `mask`, `threshold`, `top_k` or `bilinear`.
-        selector: the mask, bool (N, P), or the raw relevance, float32 (N, P).
+        selector: the mask, bool (N, P), or the raw relevance, float32 (N, P); None for `none`.
         donors: int64 (N,) or (N, P); None: a constant colour.
-        threshold: of the selection, as `counterfactual_batch` has it.
-        top_k: likewise.
-        context: likewise.
+        threshold: of the selection, as for `counterfactual_batch`.
+        top_k: of the selection, as for `counterfactual_batch`.
+        context: of the selection, as for `counterfactual_batch`.
         constant: RGB colour in [0, 1], None for CLIP's mean.
-        first: int64 (), see `masked_fill`.
+        first: int64 (), as for `masked_fill`.
+
+    Returns:
+        The launch, to be given to `launch.run`.
     """
     count, image_height, image_width = image_size(images)
     rows, columns = grid
@@ -389,7 +392,16 @@ def _pixels_per_group(images: Tensor, width: int, *, per_pixel: bool) -> int:
 
 
 def pixels_ineligible(images: Tensor, dtype: torch.dtype, selector: Tensor | None = None) -> str | None:
-    """Why the kernel cannot normalise or fill these images into `dtype`, selected by a mask or relevance; None if it can."""
+    """Why the kernel cannot take these images.
+
+    Args:
+        images: the batch.
+        dtype: of the result.
+        selector: the mask or the relevance map (N, P); None for normalisation alone.
+
+    Returns:
+        The reason in words; None if the kernel can take them.
+    """
     if images.dtype not in (torch.uint8, *PIXEL_DTYPES):
         return f"images are {images.dtype}, the kernel takes uint8, float32, float16 and bfloat16"
     if dtype not in PIXEL_DTYPES:
@@ -406,7 +418,17 @@ def pixels_ineligible(images: Tensor, dtype: torch.dtype, selector: Tensor | Non
 
 
 def empty_for(selector: Tensor, images: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
-    """A result for each row of a mask or relevance map."""
+    """An uninitialised result with a row for each row of a mask or relevance map.
+
+    Args:
+        selector: the mask or the relevance map (N, P).
+        images: gives size and device.
+        dtype: of the result.
+        layout: `nchw` or `patches`.
+
+    Returns:
+        `dtype` (N, 3, H, W) or (N, P, 3 * p * p).
+    """
     side = image_size(images)[2]
     return empty_result(images, dtype, layout, side // grid_of(selector.shape[1], side), count=selector.shape[0])
 
@@ -414,7 +436,18 @@ def empty_for(selector: Tensor, images: Tensor, dtype: torch.dtype, layout: str)
 def empty_result(
     images: Tensor, dtype: torch.dtype, layout: str, patch_size: int | None, *, count: int | None = None
 ) -> Tensor:
-    """An uninitialised result: (N, 3, H, W), or (N, P, 3 * p * p) with layout `patches`."""
+    """An uninitialised result.
+
+    Args:
+        images: gives size and device.
+        dtype: of the result.
+        layout: `nchw` or `patches`.
+        patch_size: pixels per side of a patch, p; needed for `patches`.
+        count: rows, N; None for as many as there are images.
+
+    Returns:
+        `dtype` (N, 3, H, W) or (N, P, 3 * p * p).
+    """
     every, height, width = image_size(images)
     count = every if count is None else count
     if layout == "patches":
@@ -425,6 +458,7 @@ def empty_result(
 
 
 def check_output(dtype: torch.dtype, layout: str) -> None:
+    """Raise ValueError on a dtype or layout that no result has."""
     if dtype not in (*PIXEL_DTYPES, torch.float64):
         raise ValueError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
     if layout not in LAYOUTS:
@@ -432,6 +466,7 @@ def check_output(dtype: torch.dtype, layout: str) -> None:
 
 
 def check_square(images: Tensor) -> int:
+    """The side of the images in pixels. Raises ValueError where they are not square."""
     _, height, width = image_size(images)
     if height != width:
         raise ValueError(f"images: expected square images, got {height} x {width} pixels")
@@ -439,7 +474,19 @@ def check_square(images: Tensor) -> int:
 
 
 def check_first(first: Tensor | None, selector: Tensor, images: Tensor) -> int:
-    """The rows that masks and donors must have. The value of `first` stays on the device."""
+    """Check `first`, whose value stays on the device.
+
+    Args:
+        first: int64 () on the device of the images, or None.
+        selector: the mask or the relevance map.
+        images: the batch.
+
+    Returns:
+        The number of rows that masks and donors must have, N.
+
+    Raises:
+        ValueError: for another dtype, shape or device.
+    """
     if first is None:
         return images.shape[0]
     if first.dtype != torch.int64 or first.ndim or first.device != images.device:
@@ -449,6 +496,17 @@ def check_first(first: Tensor | None, selector: Tensor, images: Tensor) -> int:
 
 
 def check_grid(name: str, selector: Tensor, images: Tensor, side: int) -> None:
+    """Check that a mask or relevance map divides the images into patches and lies on their device.
+
+    Args:
+        name: of the argument, for the message.
+        selector: the mask or the relevance map (N, P).
+        images: the batch.
+        side: of the images, pixels.
+
+    Raises:
+        ValueError: for another device or a P that is no square grid dividing the side.
+    """
     if selector.device != images.device:
         raise ValueError(f"{name}: expected the device of images, {images.device}, got {selector.device}")
     try:
@@ -458,6 +516,17 @@ def check_grid(name: str, selector: Tensor, images: Tensor, side: int) -> None:
 
 
 def check_fill(donors: Tensor | None, constant: Sequence[float] | None, images: Tensor, selector: Tensor) -> None:
+    """Check donors or constant colour.
+
+    Args:
+        donors: int64 (N,) or (N, P) on the device of the images, or None.
+        constant: RGB in [0, 1], or None; only without donors.
+        images: the batch.
+        selector: the mask or the relevance map (N, P).
+
+    Raises:
+        ValueError: naming the argument. The values of donors are not read.
+    """
     count, patches = selector.shape[0], selector.shape[1]
     if donors is None:
         if constant is not None and (len(constant) != 3 or not all(0.0 <= value <= 1.0 for value in constant)):

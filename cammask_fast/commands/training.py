@@ -37,6 +37,10 @@ from cammask_fast.train import Run, fine_tune
 
 
 def run_train(args: Options) -> None:
+    """Run `cammask train`, in one process or in one of several under torchrun.
+
+    Raises ValueError where the options or the data cannot work, or where the folder already holds another run.
+    """
     recipe = load_recipe(args["recipe"]) if args["recipe"] else {}
     config = train_config(args, recipe.get("train", {}))
     positive(args, "save_every", "keep", "log_every", "timeout")
@@ -57,7 +61,21 @@ def train_here(
     args: Options, recipe: Mapping[str, Any], config: TrainConfig, out: Path, dist_info: World, stop: GracefulShutdown,
     launchers: Sequence[str | None],
 ) -> None:  # fmt: skip
-    """A process's part of `train`; the first one prints and writes."""
+    """Do one process's part of `cammask train`; the main process prints and writes.
+
+    Args:
+        args: options of the command line by name.
+        recipe: the recipe's tables; empty without `--recipe`.
+        config: the recipe's `[train]` table under the options that were given.
+        out: folder of the run.
+        dist_info: rank and number of processes.
+        stop: tells whether a signal asked the process to save and leave.
+        launchers: torchrun's id of this launch on every rank; None without torchrun.
+
+    Raises:
+        ValueError: for data, weights or settings that cannot work, or that differ between ranks.
+        TrainingPreempted: a signal stopped the run after a checkpoint.
+    """
     build_strategy(config)
     arch = args["arch"] or recipe.get("arch", "tiny")
     pretrained = args["pretrained"] or ("" if args["arch"] else recipe.get("pretrained", ""))
@@ -130,13 +148,14 @@ def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:
 
 
 def positive(args: Options, *names: str) -> None:
+    """Raise ValueError unless each of the named options is greater than zero."""
     for name in names:
         if not args[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive value, got {args[name]}")
 
 
 def share_of_batch(config: TrainConfig, dist_info: World) -> int:
-    """Images per step and process. Raises ValueError when the batch cannot be shared out."""
+    """Images per step and process. Raises ValueError where the processes cannot share the batch evenly."""
     if config.batch_size % (dist_info.size * config.accumulate):
         raise ValueError(
             f"--batch-size: {config.batch_size} images cannot be shared by {dist_info.size} processes with --accumulate "
@@ -151,7 +170,7 @@ def flat(settings: Mapping[str, Any]) -> Options:
 
 
 def digest(*items: Any) -> str:
-    """Tells data of one run from those of another, in a few characters."""
+    """A fingerprint of JSON values, 12 hexadecimal digits of SHA-256, by which a resumed run recognises its data."""
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:12]
 
 
@@ -159,8 +178,25 @@ def train_with_progress(
     model: Classifier, data: TrainingData, config: TrainConfig, args: Options, out: Path, settings: Options, dist_info: World,
     stop: GracefulShutdown,
 ) -> tuple[dict[str, Classifier], Options]:  # fmt: skip
-    """The trained models by name, and what was seen of the run: skipped steps, the share of the time spent waiting for data,
-    how many checkpoints were written and for how many seconds the slowest held up the training."""
+    """Train with a progress bar, a log and checkpoints.
+
+    Args:
+        model: the zero-shot classifier, also the teacher.
+        data: training and validation loaders.
+        config: settings of the method.
+        args: options of the command line by name.
+        out: folder of the run.
+        settings: what a checkpoint must have been written with to be resumed here.
+        dist_info: rank and number of processes; the main process prints and writes.
+        stop: tells whether a signal asked the process to save and leave.
+
+    Returns:
+        The trained models, `best` and `last`, and what was measured on the way: skipped steps, share of the time spent waiting
+        for data, checkpoints written, seconds for which the slowest one held up the training, and seconds of training.
+
+    Raises:
+        ValueError: out of memory, with smaller settings to try; also whatever `train.fine_tune` raises.
+    """
 
     steps = config.epochs * len(data.train)
     log_every = min(args["log_every"], len(data.train))
@@ -199,7 +235,16 @@ def train_with_progress(
 
 
 def out_of_memory(config: TrainConfig, dist_info: World, error: BaseException) -> str:
-    """What to try, and what keeps the run the same."""
+    """The error message of a run that ran out of memory: what to try, preferably without changing the global batch.
+
+    Args:
+        config: settings of the run, of which batch size and accumulation count.
+        dist_info: number of processes that share a batch.
+        error: PyTorch's error, whose first line is quoted.
+
+    Returns:
+        One line.
+    """
     own = config.batch_size // dist_info.size
     first = f"out of memory with {own // config.accumulate} images at a time ({str(error).splitlines()[0]})"
     more = next((n for n in range(config.accumulate + 1, own + 1) if own % n == 0), None)

@@ -67,9 +67,15 @@ class Inert:
         self.state = state
 
     # what a pickle may do to lists, dictionaries and sets
-    def append(self, _item: Any) -> None: ...
-    def extend(self, _items: Any) -> None: ...
-    def add(self, _item: Any) -> None: ...
+    def append(self, _item: Any) -> None:
+        """Ignore an item, as a pickle may append to lists."""
+
+    def extend(self, _items: Any) -> None:
+        """Ignore items, as a pickle may extend lists."""
+
+    def add(self, _item: Any) -> None:
+        """Ignore an item, as a pickle may add to sets."""
+
     def __setitem__(self, _key: Any, _value: Any) -> None: ...
     def __call__(self, *_args: Any, **_options: Any) -> Inert:
         return Inert()

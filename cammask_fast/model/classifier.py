@@ -45,7 +45,17 @@ class Classifier(nn.Module):
         key_mask: Tensor | None = None,
         taps: Taps | None = None,
     ) -> Prediction:
-        """images: (N, 3, H, W), normalised; the options are those of VisionTransformer.forward."""
+        """Classify a batch.
+
+        Args:
+            images: (N, 3, H, W) or (N, P, 3 * p * p), normalised.
+            kept_tokens: see `VisionTransformer.forward`.
+            key_mask: see `VisionTransformer.forward`.
+            taps: see `VisionTransformer.forward`.
+
+        Returns:
+            Features (N, E) and logits (N, K).
+        """
         features = self.visual(images, kept_tokens=kept_tokens, key_mask=key_mask, taps=taps)
         return Prediction(features, self.head(F.normalize(features, dim=-1)))
 
@@ -112,7 +122,19 @@ def keeps_precision(name: str) -> bool:
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """(1 - alpha) * start + alpha * end over all parameters, head included (WiSE-FT). Raises ValueError on other keys."""
+    """(1 - alpha) * start + alpha * end over all parameters, the head included (WiSE-FT).
+
+    Args:
+        start: weights by name, as the zero-shot model has them.
+        end: weights by name, as the fine-tuned model has them.
+        alpha: 0 gives start, 1 gives end.
+
+    Returns:
+        New tensors by name.
+
+    Raises:
+        ValueError: the two hold different parameters.
+    """
     if start.keys() != end.keys():
         raise ValueError("the two state dicts hold different parameters: they are not of one architecture")
     return {name: torch.lerp(start[name], end[name], alpha) for name in start}

@@ -13,7 +13,16 @@ from cammask_fast.model.vit import ViTConfig
 
 
 def refuse_mismatch(found: ViTConfig, expected: ViTConfig, path: Path) -> None:
-    """Raise ValueError naming the fields in which two architectures differ."""
+    """Refuse weights of another architecture.
+
+    Args:
+        found: architecture of the file.
+        expected: architecture of the model.
+        path: of the file, for the message.
+
+    Raises:
+        ValueError: naming the fields that differ.
+    """
     ours, theirs = expected.to_dict(), found.to_dict()
     different = [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if ours[name] != theirs[name]]
     if different:
@@ -21,7 +30,16 @@ def refuse_mismatch(found: ViTConfig, expected: ViTConfig, path: Path) -> None:
 
 
 def load_exactly(model: torch.nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """load_state_dict with every name and shape checked. Raises ValueError with the first differences."""
+    """load_state_dict with every name and shape checked.
+
+    Args:
+        model: takes the weights.
+        weights: tensors by parameter name.
+        path: where they come from, for the message.
+
+    Raises:
+        ValueError: naming the first differences.
+    """
     expected = model.state_dict()
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     shapes = [

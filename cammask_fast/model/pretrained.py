@@ -45,6 +45,7 @@ class PretrainedClip:
 
     @property
     def visual(self) -> VisionTransformer:
+        """The image tower."""
         assert isinstance(self.clip.visual, VisionTransformer)
         return self.clip.visual
 

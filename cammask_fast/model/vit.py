@@ -50,10 +50,12 @@ class ViTConfig:
         return self.grid**2
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as stored in checkpoints."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ViTConfig:
+        """The configuration of `to_dict`. Raises ValueError on unknown fields or values that cannot work."""
         known = set(cls.__dataclass_fields__)
         if set(values) - known:
             raise ValueError(f"unknown fields in a ViT configuration: {', '.join(sorted(set(values) - known))}")
@@ -88,9 +90,10 @@ class Taps:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Statistics and affine map in the type of its weights, whatever the type of x, which is also that of the result."""
+    """Layer norm that computes in the dtype of its weights and returns the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x."""
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
@@ -108,7 +111,17 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, L, D) -> (N, A, L, d)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None, cls_only: bool, taps: Taps | None) -> Tensor:
-        """x: (N, L, D). Returns (N, L, D), or (N, 1, D) with `cls_only`."""
+        """Attend from every token, or from the CLS token alone.
+
+        Args:
+            x: (N, L, D).
+            key_mask: bool (N, L), True = no query may attend to that key; None masks nothing.
+            cls_only: compute the CLS token's query and projection only.
+            taps: queries, keys, values and outputs are appended to it; None records nothing.
+
+        Returns:
+            (N, L, D), or (N, 1, D) with `cls_only`.
+        """
         if cls_only:
             width = x.shape[-1]
             weights, biases = self.in_proj_weight.split([width, 2 * width]), self.in_proj_bias.split([width, 2 * width])
@@ -144,6 +157,8 @@ class _QuickGELU(torch.autograd.Function):
 
 
 class MLP(nn.Module):
+    """Linear layer, activation (`quick_gelu` or `gelu`), linear layer."""
+
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
@@ -151,6 +166,7 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x, (..., D), to the same shape."""
         if self.activation == "gelu":
             return self.c_proj(F.gelu(self.c_fc(x)))
         hidden = self.c_fc(x)
@@ -176,6 +192,17 @@ class Block(nn.Module):
         nn.init.normal_(self.mlp.c_proj.weight, std=residual_std)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None, cls_only: bool, taps: Taps | None) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: (N, L, D).
+            key_mask: bool (N, L), True = no query may attend to that key; None masks nothing.
+            cls_only: compute the CLS token of the result only.
+            taps: see `Attention.forward`; with `cls_only`, ln_1's output is recorded too.
+
+        Returns:
+            (N, L, D), or (N, 1, D) with `cls_only`.
+        """
         normed = self.ln_1(x)
         if cls_only and taps is not None:
             if taps.ln_1_probe is not None:
@@ -186,6 +213,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """The residual blocks, under open_clip's parameter names; `VisionTransformer` runs them."""
+
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.resblocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
@@ -220,12 +249,19 @@ class VisionTransformer(nn.Module):
     ) -> Tensor:
         """Features of a batch.
 
-        images: normalised with CLIP's mean and std, (N, 3, H, W) or cut into patches, (N, P, 3 * p * p), whose embedding is
-        one matrix product. kept_tokens: int64 (N, n_keep + 1), the tokens to keep, 0 (CLS) first, patch p is token p + 1;
-        the others are dropped after the positional embedding and ln_pre. key_mask: bool (N, P), or (N, n_keep) with
-        kept_tokens: True = no query may attend to that patch or kept patch, in every block. taps: filled in place with what a
-        CAM needs.
-        Returns (N, E), not normalised. Raises ValueError on another image size or a mask of the wrong shape.
+        Args:
+            images: normalised with CLIP's mean and std, (N, 3, H, W) or cut into patches, (N, P, 3 * p * p), whose embedding is
+                one matrix product.
+            kept_tokens: int64 (N, n_keep + 1), the tokens to keep: 0 (CLS) first, then p + 1 for patch p. The others are
+                dropped after the positional embedding and ln_pre.
+            key_mask: bool (N, P), or (N, n_keep) with kept_tokens; True = no query may attend to that patch, in every block.
+            taps: filled in place with what a CAM needs.
+
+        Returns:
+            (N, E), not normalised.
+
+        Raises:
+            ValueError: for another image size or a mask of the wrong shape.
         """
         size, patches = self.config.image_size, self.config.patches
         per_patch = 3 * self.config.patch_size**2

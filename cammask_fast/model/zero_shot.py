@@ -26,10 +26,21 @@ TINY_WEIGHTS = "tiny_clip.safetensors"
 def zero_shot_weights(
     clip: CLIP, tokenize: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """Head weights (K, E), exp(logit_scale) included.
+    """Weights of the zero-shot head, exp(logit_scale) included.
 
-    Per class the mean over templates of the normalised text embeddings, normalised again. templates: format strings with one
-    `{}`. Raises ValueError without classes or for a template without a place for the name.
+    Per class: the mean over templates of the normalised text embeddings, normalised again.
+
+    Args:
+        clip: the model whose text tower embeds the prompts.
+        tokenize: maps strings to token ids.
+        class_names: K names.
+        templates: format strings with one `{}` for the name.
+
+    Returns:
+        float32 (K, E).
+
+    Raises:
+        ValueError: no class, or a template without a `{}` for the name.
     """
     if not class_names:
         raise ValueError("class names: expected at least one")

@@ -11,11 +11,21 @@ def cls_relevance(
 ) -> Tensor:
     """r + r A_bar, with A_bar = mean over heads of P * relu(dP), P = softmax(q k^T / sqrt(d)), dP = grad_out v^T.
 
-    relevance_NL: (N, L), the row r that came down from the layers above (e_CLS at the top). k, v: (N, A, L, d). q, grad_out:
-    (N, A, L, d), or (N, A, 1, d) in the last layer, where only the CLS row of the gradient is non-zero; grad_out is the
-    gradient of the class score at the attention output, before out_proj. lse: (N, A, rows of q), natural log of the softmax
-    denominators, if at hand. Returns (N, L) in relevance_NL's dtype. Raises ValueError on mismatched shapes.
-    Source: MM-CAM rules read at the CLS row only (r A instead of A R).
+    Source: MM-CAM, R += A_bar R, read at its CLS row (r A instead of A R).
+
+    Args:
+        relevance_NL: float (N, L), the row r that came down from the layers above; e_CLS at the top.
+        q: float (N, A, L, d), or (N, A, 1, d) in the last layer, where only the CLS row of the gradient is not zero.
+        k: (N, A, L, d).
+        v: (N, A, L, d).
+        grad_out: shaped like q, the gradient of the class score at the attention output, before out_proj.
+        lse: (N, A, rows of q), natural log of the softmax denominators, if at hand.
+
+    Returns:
+        (N, L) in relevance_NL's dtype.
+
+    Raises:
+        ValueError: for mismatched shapes, dtypes or devices.
     """
     check_cls_relevance(relevance_NL, q, k, v, grad_out, lse)
     rows, width = q.shape[2], q.shape[3]
@@ -28,7 +38,19 @@ def cls_relevance(
 def check_cls_relevance(
     relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor | None = None
 ) -> None:
-    """Raise ValueError where `cls_relevance` cannot work; looks at shapes, dtypes and devices only."""
+    """Check the arguments of `cls_relevance`: shapes, dtypes and devices, no values.
+
+    Args:
+        relevance: expected float (N, L).
+        q: expected (N, A, L, d) or (N, A, 1, d).
+        k: expected float (N, A, L, d).
+        v: expected like k.
+        grad_out: expected like q.
+        lse: expected (N, A, rows of q) or None.
+
+    Raises:
+        ValueError: naming the argument.
+    """
     if k.ndim != 4 or not k.is_floating_point():
         raise ValueError(f"k: expected float (N, A, L, d), got {k.dtype} {tuple(k.shape)}")
     count, heads, length, width = k.shape

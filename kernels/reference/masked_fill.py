@@ -12,13 +12,20 @@ from .pixels import grid_of, image_size, normalised_colour
 
 
 def fill_pixels(images: Tensor, mask: Tensor, donors: Tensor, *, first: Tensor | None = None) -> Tensor:
-    """Fill masked pixels from other images of the batch.
+    """Fill masked pixels from other images of the batch. Source: paper section 3.3 (single-fill, multi-fill).
 
-    images: uint8 (M, H, W, 3) or float (M, 3, H, W). mask: bool (N, P), row-major patches, or (N, H, W), pixels; True = filled.
-    donors: int64 (N,), one donor image per image (single-fill), or (N, P), one per patch (multi-fill), each in 0..M-1.
-    first: int64 (): row n of mask, donors and result belongs to images[first + n], the other images only donate; else N = M.
-    Returns images' dtype and shape: at every pixel the image itself or its donor. Raises ValueError on wrong shapes, and on a
-    CPU for a donor or first outside the batch. METHOD: paper section 3.3 (single-fill, multi-fill).
+    Args:
+        images: uint8 (M, H, W, 3) or float (M, 3, H, W), H = W.
+        mask: bool (N, P), row-major patches, or (N, H, W), pixels; True = filled.
+        donors: int64 (N,), one donor image per image (single-fill), or (N, P), one per patch (multi-fill), each in 0..M-1.
+        first: int64 (): row n of mask, donors and result belongs to images[first + n], the other images only donate; without
+            it, N = M.
+
+    Returns:
+        N images in the layout and dtype of `images`: every pixel is that of the image itself or of its donor.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, and on a CPU for a donor or first outside the batch.
     """
     channels_last = images.dtype == torch.uint8
     every, height, side = image_size(images)
@@ -90,10 +97,20 @@ def normalised_fill(
     patch_size: int | None = None,
     first: Tensor | None = None,
 ) -> Tensor:
-    """The filled batch, normalised: normalise(fill_pixels(...)), or for donors=None the colour `constant` at masked pixels.
+    """Fill and normalise: normalise(fill_pixels(...)), or without donors a constant colour at masked pixels.
 
-    images, mask, donors, first: as `fill_pixels`. constant: RGB in [0, 1], None for CLIP's mean. patch_size: of
-    layout="patches" where the mask is over pixels. Returns `dtype` (N, 3, H, W) or (N, P, 3 * p * p), as `normalise`.
+    Args:
+        images: as for `fill_pixels`.
+        mask: as for `fill_pixels`.
+        donors: as for `fill_pixels`; None fills with `constant`.
+        dtype: of the result.
+        layout: of the result, `nchw` or `patches`.
+        constant: RGB in [0, 1], None for CLIP's mean.
+        patch_size: pixels per side of a patch; needed only where the mask is over pixels.
+        first: as for `fill_pixels`.
+
+    Returns:
+        `dtype` (N, 3, H, W) or (N, P, 3 * p * p), as `normalise`.
     """
     count, side = len(mask), image_size(images)[2]
     if mask.ndim == 2:

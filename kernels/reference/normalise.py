@@ -13,8 +13,17 @@ def normalise(
 ) -> Tensor:
     """(x - mean) / std with CLIP's constants.
 
-    images: uint8 (N, H, W, 3), or float (N, 3, H, W) in [0, 1]. Returns `dtype` (N, 3, H, W), or with layout="patches"
-    (N, P, 3 * patch_size**2): patches row-major, each flattened in the order channel, y, x. Raises ValueError on other shapes.
+    Args:
+        images: uint8 (N, H, W, 3), or float (N, 3, H, W) in [0, 1].
+        dtype: of the result, any float dtype.
+        layout: `nchw`, or `patches`: row-major patches of a square image, each flattened in the order channel, y, x.
+        patch_size: pixels per side of a patch, p; needed for `patches`.
+
+    Returns:
+        (N, 3, H, W), or (N, P, 3 * p * p).
+
+    Raises:
+        ValueError: for other shapes and layouts, and where patch_size does not divide the image.
     """
     _, height, width = image_size(images)
     size = _checked_patch_size(layout, patch_size, height, width)

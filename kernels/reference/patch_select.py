@@ -27,11 +27,20 @@ def normalise_relevance(relevance_NP: Tensor) -> Tensor:
 def patch_select(
     relevance_NP: Tensor, *, context: bool = False, threshold: float | None = None, top_k: int | None = None
 ) -> PatchSelection:
-    """Select the patches to mask.
+    """Select the patches to mask. Source: paper section 3.3; top-k is an addition.
 
-    relevance_NP: float (N, P). threshold: the object mask is c > threshold (strict). top_k: the object mask is the k highest,
-    ties go to the lower patch index. context: mask everything else instead. Exactly one of threshold and top_k is given.
-    Raises ValueError on a wrong rank or dtype, a threshold outside [0, 1], k outside 1..P.
+    Args:
+        relevance_NP: float (N, P), the raw map.
+        context: mask everything but the object.
+        threshold: in [0, 1]; the object mask is c > threshold (strict), c = relevance / (max over patches + 1e-8).
+        top_k: in 1..P; the object mask is the top_k highest, ties go to the lower patch index. Exactly one of threshold and
+            top_k.
+
+    Returns:
+        The normalised map c, the mask, the number of masked patches per image, and with top_k the kept tokens.
+
+    Raises:
+        ValueError: for a wrong rank or dtype, a threshold outside [0, 1] or a k outside 1..P.
     """
     check_selection(relevance_NP, threshold=threshold, top_k=top_k)
     normalised = normalise_relevance(relevance_NP)
@@ -62,7 +71,16 @@ def kept_tokens(kept_NP: Tensor, kept_count: int) -> Tensor:
 
 
 def check_selection(relevance: Tensor, *, threshold: float | None, top_k: int | None) -> None:
-    """Raise ValueError where `patch_select` cannot work; looks at shapes and options only."""
+    """Check the arguments of `patch_select`: shape, dtype and options, no values.
+
+    Args:
+        relevance: expected float32 or float64 (N, P).
+        threshold: expected in [0, 1], or None.
+        top_k: expected in 1..P, or None.
+
+    Raises:
+        ValueError: naming the argument.
+    """
     if relevance.ndim != 2 or relevance.dtype not in (torch.float32, torch.float64) or relevance.shape[1] == 0:
         raise ValueError(f"relevance: expected float32 (N, P), got {relevance.dtype} {tuple(relevance.shape)}")
     patches = relevance.shape[1]
