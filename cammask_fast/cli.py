@@ -124,6 +124,10 @@ def build_parser() -> Parser:
     train = command("train", "training.run_train", "fine-tune a CLIP on a folder of images or on the embedded benchmark")
     _data(train)
     _model(train)
+    text = "start from the weights of a run or checkpoint instead (its best one); heads are matched by class name"
+    train.add_argument("--init", metavar="RUN|CHECKPOINT", help=text)
+    text = "with --init, who is distilled: the pre-trained model that it began from (default), or its own weights"
+    train.add_argument("--teacher", choices=("pretrained", "init"), help=text)
     _class_text(train)
     _training(train)
     _surviving(train)

@@ -128,11 +128,12 @@ def fine_tune(
     progress: Progress | None = None,
     log_every: int = 10,
     run: Run | None = None,
+    start: Classifier | None = None,
 ) -> FineTuned:
     """Fine-tune a copy of a classifier.
 
     Args:
-        pretrained: the zero-shot classifier: start of the student, and the teacher. It is left as it is.
+        pretrained: the zero-shot classifier: start of the student, teacher, and WiSE-FT's other end. It is left as it is.
         train: loader of the training images. Its batches are optimiser steps (this process's share of them where several
             train); `config.accumulate` cuts them into micro-batches.
         validation: loader of the images that choose the best checkpoint. None: the last checkpoint is the best one, as it
@@ -141,6 +142,7 @@ def fine_tune(
         progress: called every `log_every` steps, see `Progress`.
         log_every: steps between two reads of the losses, which are also written to `run.log`.
         run: processes, checkpoints, log and signals; None trains without any.
+        start: other weights for the student to start from, of the same classes; left as they are, too.
 
     Returns:
         The best and the last checkpoint, in evaluation mode, and the number of steps that were skipped.
@@ -155,7 +157,7 @@ def fine_tune(
         config = replace(config, optim=replace(config.optim, weight_decay=0.0))
     device, dtype = pretrained.head.weight.device, compute_dtype(config.precision, pretrained.head.weight)
     teacher, rank, steps = pretrained.frozen_copy(), run.world.rank, config.epochs * len(train)
-    student = teacher.frozen_copy().train()
+    student = (teacher if start is None else start).frozen_copy().train()
     compiled = config.compile != "off" and (config.compile != "auto" or device.type == "cuda")
     set_matmul_precision(resolve(config.precision, device))
     state = TrainState.create(student, config, steps_per_epoch=len(train), compiled=compiled, rank=rank)

@@ -18,19 +18,22 @@ MOST_SKIPPED = 0.01
 """Share of the steps that may be skipped before a run says so."""
 
 
-def alarms(before: float | None, after: float | None, *, skipped: int, steps: int) -> list[str]:
+def alarms(
+    before: float | None, after: float | None, *, skipped: int, steps: int, started_from: str = "the zero-shot model"
+) -> list[str]:
     """Sentences about a run that did not do what it should.
 
     Args:
-        before: zero-shot accuracy on the validation images, percent; None without any.
+        before: accuracy on the validation images of what the run started from, percent; None without any.
         after: that of the best checkpoint.
         skipped: steps whose loss or gradient was not finite.
         steps: of the run.
+        started_from: words for what the run started from.
     """
     found = []
     if before is not None and after is not None and after <= before:
         found.append(
-            f"nothing was learnt: the best checkpoint has {after:.2f} % on the validation images and the zero-shot model "
+            f"nothing was learnt: the best checkpoint has {after:.2f} % on the validation images and {started_from} "
             f"{before:.2f} %; try a higher --lr, more --epochs or a lower --w-distill"
         )
     if skipped > MOST_SKIPPED * steps:
@@ -51,8 +54,9 @@ def report(
     out: Path, record: Mapping[str, Any], zero_shot: Classifier, best: Classifier, data: TrainingData, config: TrainConfig
 ) -> list[str]:
     """Print the alarms of a run and write its report; returns the alarms. A report that cannot be made never costs the run."""
-    before, after = (record[name].get("validation") for name in ("zero_shot", "accuracy"))
-    said = alarms(before, after, skipped=record["skipped_steps"], steps=config.epochs * len(data.train))
+    started, after = (record[name].get("validation") for name in ("start" if "init" in record else "zero_shot", "accuracy"))
+    name = record.get("init", "the zero-shot model")
+    said = alarms(started, after, started_from=name, skipped=record["skipped_steps"], steps=config.epochs * len(data.train))
     for line in said:
         print(f"cammask: {line}", file=sys.stderr)
     try:

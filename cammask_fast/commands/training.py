@@ -15,8 +15,10 @@ import torch
 
 from cammask_fast import __version__
 from cammask_fast.checkpoint import Checkpoints, describe_run
+from cammask_fast.checkpoint.heads import Classes
 from cammask_fast.commands.outcome import report, validated
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, warn, zero_shot_model
+from cammask_fast.commands.starting_point import ZERO_SHOT, starting_point
 from cammask_fast.config import OptimConfig, TrainConfig, load_recipe, options_of
 from cammask_fast.data.class_names import class_list
 from cammask_fast.data.factory import DataSubset, TrainingData, open_training
@@ -77,9 +79,8 @@ def train_here(
         TrainingPreempted: a signal stopped the run after a checkpoint.
     """
     build_strategy(config)
-    arch = args["arch"] or recipe.get("arch", "tiny")
-    pretrained = args["pretrained"] or ("" if args["arch"] else recipe.get("pretrained", ""))
-    device, vit = device_of(args), vit_config(arch)
+    point = starting_point(args, recipe, config, out)
+    device, vit = device_of(args), vit_config(point.arch)
     trains = config.resolved.trained != "none"
     subset = DataSubset(
         val_share=args["val_share"], val_images=args["val_images"], shots=args["shots"], classes=class_list(args["classes"])
@@ -89,9 +90,12 @@ def train_here(
         seed=config.seed, subset=subset, augment=Augment.parse(args["augment"]), class_names=args["class_names"],
         loader_config=loader_config_of(args, device, out, dist_info),
     )  # fmt: skip
-    model = zero_shot_model(arch, pretrained, data.class_names, args["templates"], device)
+    teacher, start = point.models(
+        config, Classes(data.class_names, data.class_folders),
+        lambda: zero_shot_model(point.arch, point.pretrained, data.class_names, args["templates"], device), device,
+    )  # fmt: skip
     settings = {
-        **flat(config.to_dict()), "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
+        **flat(config.to_dict()), **point.settings, "data": args["data"], "device": device,
         "augment": args["augment"], "loader": type(data.train).__name__, "processes": dist_info.size,
         "classes": digest(data.class_folders, data.class_names), "train_images": len(data.train.labels),
         "images": data.fingerprint, "train_labels": digest(data.train.labels.tolist()),
@@ -106,14 +110,17 @@ def train_here(
             record_launch(out, launchers)
             for line in data.summary:
                 print(line, flush=True)
-        before = None
+        before: dict[str, float] = {}
         if trains and data.validation is not None:
-            before = accuracy(model, data.validation, device=device)
-            if dist_info.is_main_process:
-                count = len(data.validation.labels)
-                print(f"zero-shot accuracy on the {count} validation images: {before:.2f} %", flush=True)
+            for name, model in point.untrained(teacher, start).items():
+                before[name] = accuracy(model, data.validation, device=device)
+                if dist_info.is_main_process:
+                    count = len(data.validation.labels)
+                    print(f"{name} accuracy on the {count} validation images: {before[name]:.2f} %", flush=True)
         models, watched = (
-            train_with_progress(model, data, config, args, out, settings, dist_info, stop) if trains else ({"best": model}, {})
+            train_with_progress(teacher, start, data, config, args, out, settings, dist_info, stop)
+            if trains
+            else ({"best": start}, {})
         )
         seconds = time.perf_counter() - started
         score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
@@ -121,21 +128,21 @@ def train_here(
         if dist_info.is_main_process:
             run = {
                 **describe_run(config.to_dict(), score, data.class_names),
-                "arch": arch, "pretrained": pretrained, "data": args["data"], "device": device,
+                **point.record, "data": args["data"], "device": device,
                 "class_folders": data.class_folders, "train_images": len(data.train.labels), "seconds": round(seconds, 1),
                 **watched, "processes": dist_info.size,
                 "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
                 "trained_on": data.path if trains else None, "notices": noticed(),
-                "zero_shot": {} if before is None else {"validation": before},
+                **point.measured(before),
                 "accuracy": {} if score is None else {"validation": score},
             }  # fmt: skip
-            save(out, models, arch, data.class_names, run)
+            save(out, models, point.arch, data.class_names, run)
             record = {**run, "class_names": data.class_names}
             write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
-            found = f"{validated(before, score)}written to {out / 'best.safetensors'}"
+            found = f"{validated(before.get(ZERO_SHOT), score)}written to {out / 'best.safetensors'}"
             print(f"{config.method} on {len(data.class_names)} classes: {found}")
             if trains and dist_info.size == 1:
-                report(out, record, model, models["best"], data, config)
+                report(out, record, start, models["best"], data, config)
 
 
 def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:
@@ -175,8 +182,8 @@ def digest(*items: Any) -> str:
 
 
 def train_with_progress(
-    model: Classifier, data: TrainingData, config: TrainConfig, args: Options, out: Path, settings: Options, dist_info: World,
-    stop: GracefulShutdown,
+    teacher: Classifier, start: Classifier, data: TrainingData, config: TrainConfig, args: Options, out: Path,
+    settings: Options, dist_info: World, stop: GracefulShutdown,
 ) -> tuple[dict[str, Classifier], Options]:  # fmt: skip
     """Train with a progress bar, a log and checkpoints.
 
@@ -219,7 +226,9 @@ def train_with_progress(
         started = time.perf_counter()
         try:
             with profiler or nullcontext():
-                tuned = fine_tune(model, data.train, data.validation, config, progress=progress, log_every=log_every, run=run)
+                tuned = fine_tune(
+                    teacher, data.train, data.validation, config, progress=progress, log_every=log_every, run=run, start=start
+                )
         except torch.OutOfMemoryError as error:
             raise ValueError(out_of_memory(config, dist_info, error)) from None
         finally:

@@ -159,14 +159,15 @@ def _advice(weights: Weights, arch: str) -> str:
     shape = shape_of(weights.tensors)
     if not shape:
         return ""
-    fitting = [name for name in architectures_with(shape) if _is_supported(name)]
+    fitting = [name for name in architectures_with(shape) if is_supported(name)]
     if fitting:
         return f"; they fit --arch {' or '.join(fitting)}"
     sizes = ", ".join(f"{name} {value}" for name, value in shape.items())
     return f"; no known --arch has their shapes ({sizes})" if arch != "tiny" else ""
 
 
-def _is_supported(name: str) -> bool:
+def is_supported(name: str) -> bool:
+    """Whether this is an architecture that we can run."""
     try:
         vit_config(name)
     except ValueError:
