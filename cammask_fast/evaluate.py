@@ -28,6 +28,7 @@ class Score(NamedTuple):
     per_class: tuple[float | None, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
         return self._asdict()
 
 
@@ -78,11 +79,20 @@ def evaluate(
     classes: int | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Score]:
-    """A score per model, in one pass over the data: every model sees each decoded batch.
+    """Score several models in one pass over the data: every model sees each decoded batch.
 
-    groups, classes: see `AccuracyMeter`; by default every logit is right for the label of the same index. The loader's ranks
-    share the images, and the scores are those of all. Models run in the precision they are stored in. Raises ValueError on an
-    empty loader.
+    Args:
+        models: classifiers of one architecture, run in the precision they are stored in.
+        loader: its ranks share the images; the scores are those of all.
+        groups: int64 (K,), see `AccuracyMeter`; None: each logit is right for the label of its index.
+        classes: number of labels; None: as many as logits.
+        device: of the models.
+
+    Returns:
+        A score per model.
+
+    Raises:
+        ValueError: the loader is empty.
     """
     outputs = models[0].head.weight.shape[0]
     groups = (torch.arange(outputs) if groups is None else groups).to(device)
@@ -98,13 +108,34 @@ def evaluate(
 
 
 def accuracy(model: Classifier, loader: Loader, *, device: torch.device | str = "cpu") -> float:
-    """Top-1 accuracy in percent. Raises ValueError on an empty loader."""
+    """Top-1 accuracy of a classifier.
+
+    Args:
+        model: the classifier.
+        loader: its ranks share the images.
+        device: of the model.
+
+    Returns:
+        Percent.
+
+    Raises:
+        ValueError: the loader is empty.
+    """
     return evaluate([model], loader, device=device)[0].top1
 
 
 @torch.no_grad()
 def confusion_counts(model: Classifier, loader: Loader, *, device: torch.device | str = "cpu") -> Tensor:
-    """int64 (K, K) on the CPU: images of class i that the model takes for class j, of this process's share of the loader."""
+    """Count which class a classifier takes for which, on this process's share of the loader.
+
+    Args:
+        model: the classifier.
+        loader: of labelled images.
+        device: of the model.
+
+    Returns:
+        int64 (K, K) on the CPU: images of class i that the model takes for class j.
+    """
     classes = model.head.weight.shape[0]
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     for batch in loader:

@@ -12,7 +12,16 @@ def feature_distillation(student_NE: Tensor, teacher_NE: Tensor) -> Tensor:
 
 
 def logit_distillation(student_NK: Tensor, teacher_NK: Tensor, *, temperature: float) -> Tensor:
-    """KD: T^2 * KL(softmax(t / T) || softmax(s / T)), mean over the batch."""
+    """KD: T^2 * KL(softmax(t / T) || softmax(s / T)), mean over the batch.
+
+    Args:
+        student_NK: logits s, (N, K).
+        teacher_NK: logits t, (N, K).
+        temperature: T.
+
+    Returns:
+        Scalar, differentiable.
+    """
     teacher = F.log_softmax(teacher_NK / temperature, dim=1)
     student = F.log_softmax(student_NK / temperature, dim=1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

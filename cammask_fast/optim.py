@@ -31,7 +31,16 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
 
 
 def build_schedule(optimizer: AdamW, config: OptimConfig, *, total_steps: int) -> OneCycleLR:
-    """One cycle per run, stepped once per optimiser step; momentum is cycled too, so beta1 runs 0.95 -> 0.85 -> 0.95."""
+    """One cycle per run, stepped once per optimiser step; momentum is cycled too, so beta1 runs 0.95 -> 0.85 -> 0.95.
+
+    Args:
+        optimizer: its learning rate and beta1 are set at every step.
+        config: highest learning rate and shape of the cycle.
+        total_steps: optimiser steps of the run.
+
+    Returns:
+        torch's schedule.
+    """
     rising = config.pct_start * total_steps
     return OneCycleLR(
         optimizer,
@@ -117,8 +126,20 @@ class FlatAdamW:
 
 
 def clipped_step(optimizer: AdamW, parameters: Sequence[nn.Parameter], loss: Tensor, *, clip_norm: float) -> Clipped:
-    """Clip the gradients of `parameters` to a global norm and make one step of torch's fused AdamW, as `FlatAdamW.update` does,
-    without a synchronisation; where gradients or loss are not finite, nothing changes."""
+    """Clip gradients to a global norm and take one step of torch's fused AdamW, as `FlatAdamW.update` does, without a
+    synchronisation.
+
+    Where the loss or a gradient is not finite, nothing changes.
+
+    Args:
+        optimizer: of the parameters.
+        parameters: with their gradients; those without one are left as they are.
+        loss: of the step, scalar.
+        clip_norm: largest global norm.
+
+    Returns:
+        Whether everything was finite, and the norm before clipping, both on the device.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = get_total_norm(gradients)
     finite = norm.isfinite() & loss.isfinite()

@@ -32,19 +32,28 @@ class StepLosses(Protocol):
     """What `TrainState.update` reads of `step.Losses`."""
 
     @property
-    def total(self) -> Tensor: ...
+    def total(self) -> Tensor:
+        """w_task * task + w_distill * distill."""
+
     @property
-    def task(self) -> Tensor: ...
+    def task(self) -> Tensor:
+        """Cross-entropy."""
+
     @property
-    def distill(self) -> Tensor: ...
+    def distill(self) -> Tensor:
+        """Distillation loss."""
+
     @property
-    def mask_share(self) -> Tensor: ...
+    def mask_share(self) -> Tensor:
+        """Share of the patches that were masked."""
+
     @property
-    def cam_entropy(self) -> Tensor: ...
+    def cam_entropy(self) -> Tensor:
+        """Entropy of the relevance over the patches, 0 to 1; NaN without a map."""
 
 
 class Snapshot(NamedTuple):
-    """A state at metadata: tensors by name, and the rest as JSON can hold it."""
+    """A state in storable form: tensors by name, and metadata that JSON can hold."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
@@ -73,9 +82,18 @@ class TrainState:
     def create(
         cls, student: Classifier, config: TrainConfig, *, steps_per_epoch: int, compiled: bool = False, rank: int = 0
     ) -> TrainState:
-        """Freeze what the method does not train and build the optimiser for the metadata: torch's AdamW for the eager step,
-        `FlatAdamW`, of which the parameters become views, for the compiled one. rank: processes with donors of their own draw
-        other random numbers."""
+        """Freeze what the method does not train, and build the optimiser for the rest.
+
+        Args:
+            student: the classifier to train.
+            config: settings of the method.
+            steps_per_epoch: optimiser steps per epoch.
+            compiled: build `FlatAdamW`, of which the parameters become views, for the compiled step; otherwise torch's AdamW.
+            rank: of this process; with donors from the own batch, each rank draws other random numbers.
+
+        Returns:
+            The state before the first step.
+        """
         student.requires_grad_(config.resolved.trained == "all")
         student.head.requires_grad_(True)
         device = student.head.weight.device

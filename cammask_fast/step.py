@@ -288,7 +288,7 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
     """The losses and backward passes of a method, over any `Forward`.
 
     In order: clean forward, CAM, weight gradients of the task loss, masked input, teacher, masked forward, weight gradients of
-    the distillation loss (paper, sections 3.2 to 3.4).
+    the distillation loss.
 
     Args:
         vit: shape of the image tower.

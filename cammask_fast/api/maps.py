@@ -41,6 +41,7 @@ def cam(model: Model, images: Any, prompts: str | Sequence[str], *, kind: str = 
         prompts: one for all images, or one per image: any text for a model with a text tower, else names of its classes.
         kind: `mm-cam` or `grad-cam`.
         start_layer: first layer of MM-CAM's rollout.
+
     Raises:
         ValueError: for an unknown map, a prompt that a fine-tuned model has no class for, or images that cannot be read.
     """
@@ -86,6 +87,7 @@ def counterfactual(
         masking: a strategy under the paper's name.
         donors: images to fill from beside the given ones; needed when there is only one.
         seed: of the donors.
+
     Raises:
         ValueError: as `cam`, for an unknown strategy, and without anything to fill from.
     """

@@ -113,6 +113,7 @@ def load(
         classes: class names of the zero-shot head; may come later, with the data.
         templates: prompt templates with one `{}` (default: the model's own).
         device: `cpu` or `cuda` (default: cuda where there is one).
+
     Raises:
         ValueError: for an unknown architecture, weights that cannot be had, or a file that is no checkpoint.
     """

@@ -71,6 +71,7 @@ def fine_tune(
         class_names: names for the prompts, for iterables and models without classes.
         progress: called as (phase, images done, images in total, mean loss, share of the time spent waiting for data).
         settings: fields of `TrainConfig` and `OptimConfig`, such as epochs=3, lr=1e-5.
+
     Raises:
         ValueError: for unknown settings, data that cannot be used, or classes that do not fit.
     """
@@ -142,6 +143,7 @@ def train_step(
         method: what trains and what is distilled.
         seed: of the donors and random masks.
         settings: fields of `TrainConfig`, such as masking="CtxMaskMultiFill(0.3)", w_distill=8.
+
     Raises:
         ValueError: for unknown settings, and for models that do not fit each other.
     """

@@ -27,7 +27,16 @@ def object_patches(coverage_NHW: Tensor, *, grid: int) -> Tensor:
 
 
 def localisation(relevance_NP: Tensor, object_NP: Tensor, *, threshold: float) -> Localisation:
-    """relevance_NP: float (N, P), not negative. object_NP: bool (N, P). All-zero maps count as energy spread evenly."""
+    """How much of a map lies on the object.
+
+    Args:
+        relevance_NP: float (N, P), not negative. A map of zeros counts as spread evenly.
+        object_NP: bool (N, P), patches that touch the object.
+        threshold: of the object mask, on the normalised map.
+
+    Returns:
+        Means over the images, in percent.
+    """
     on_object = object_NP.to(relevance_NP.dtype)
     area = on_object.mean(1)
     total = relevance_NP.sum(1)

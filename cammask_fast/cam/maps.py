@@ -24,10 +24,19 @@ def class_score(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mm_cam(logits: Tensor, labels: Tensor, taps: Taps, *, start_layer: int = 0) -> Tensor:
-    """MM-CAM: the CLS row of the relevance rollout over the patches, (N, P), not normalised.
+    """MM-CAM: the CLS row of the relevance rollout over the patches. One layer's L x L probabilities live at a time.
 
-    logits: (N, K) from the forward that filled `taps`; its graph is kept, and no weight gradient is computed. labels: int64
-    (N,). start_layer: first layer of the rollout (0: all, the paper's). One layer's L x L probabilities live at a time.
+    Args:
+        logits: (N, K) from the forward that filled `taps`; its graph is kept, and no weight gradient is computed.
+        labels: int64 (N,), the class whose logit is explained.
+        taps: queries, keys, values and outputs of all layers.
+        start_layer: first layer of the rollout; 0 takes all, as the paper does.
+
+    Returns:
+        (N, P), not normalised.
+
+    Raises:
+        ValueError: start_layer is not a layer of the model.
     """
     outputs = taps.outputs[start_layer:]
     if not outputs:
@@ -50,9 +59,17 @@ def cls_rollout(taps: Taps, gradients: Sequence[Tensor]) -> Tensor:
 
 
 def grad_cam(logits: Tensor, labels: Tensor, taps: Taps) -> Tensor:
-    """Grad-CAM at ln_1 of the last block: relu(sum_channels(a * sum_tokens g)) over the patches, (N, P), not normalised.
+    """Grad-CAM at ln_1 of the last block: relu(sum_channels(a * sum_tokens g)) over the patches.
 
-    The sum over tokens includes CLS. Can be zero everywhere.
+    The sum over tokens includes CLS.
+
+    Args:
+        logits: (N, K) from the forward that filled `taps`; its graph is kept, and no weight gradient is computed.
+        labels: int64 (N,), the class whose logit is explained.
+        taps: has ln_1 of the last block.
+
+    Returns:
+        (N, P), not normalised; may be zero everywhere.
     """
     assert taps.last_ln_1 is not None
     (gradient,) = torch.autograd.grad(class_score(logits, labels), taps.last_ln_1, retain_graph=True)
@@ -77,8 +94,10 @@ def relevance_of(model: Classifier, images: Tensor, labels: Tensor, cam: str, *,
         labels: int64 (N,), the class of each image's map.
         cam: `mm-cam` or `grad-cam`.
         start_layer: first layer of MM-CAM's rollout.
+
     Returns:
         float32 (N, P), row-major patches, not normalised.
+
     Raises:
         ValueError: for an unknown map or start layer.
     """

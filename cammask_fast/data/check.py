@@ -80,7 +80,16 @@ def _odd(image: Any, name: str) -> Iterator[str]:
 
 
 def look_at_all(sources: Mapping[str, ImageSource], *, workers: int, progress: Progress) -> dict[str, list[Seen]]:
-    """Every image of every split, read by `workers` threads; decoders and hashes leave Python to others."""
+    """Look at every image of every split. Threads suffice: decoders and hashes release Python's lock.
+
+    Args:
+        sources: image sources by the name of their split.
+        workers: number of threads.
+        progress: called with the images done and in total.
+
+    Returns:
+        By split, what is known of each image, in the order of the source.
+    """
     chunks = [
         (name, range(start, min(start + CHUNK, len(source))))
         for name, source in sources.items()
@@ -97,9 +106,18 @@ def look_at_all(sources: Mapping[str, ImageSource], *, workers: int, progress: P
 
 
 def check(data: str, *, workers: int, progress: Progress) -> dict[str, Any]:
-    """Read `data`, a folder or shards, perhaps with splits inside, and report as plain values for JSON.
+    """Read a whole data set once and report what is wrong with it.
 
-    `problems` has a line for each kind of fault. Raises ValueError when no split can be opened or no image be read.
+    Args:
+        data: a folder or shards, perhaps with splits inside.
+        workers: number of threads, 1 or more.
+        progress: called with the images done and in total.
+
+    Returns:
+        Plain values for JSON; `problems` has a line for each kind of fault.
+
+    Raises:
+        ValueError: no split can be opened, no image can be read, or fewer than one worker.
     """
     if workers < 1:
         raise ValueError(f"--workers: expected 1 or more, got {workers}")

@@ -74,9 +74,18 @@ class EvaluationSet(NamedTuple):
 
 
 def training_sources(data: str, subset: DataSubset, *, seed: int) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images of `data`, a folder or shards, perhaps with splits inside.
+    """Training and validation images of a data set.
 
-    Raises ValueError on data that cannot be used and on validation classes without training images.
+    Args:
+        data: a folder or shards, perhaps with splits inside.
+        subset: classes, images per class and held-out images.
+        seed: of what is held out and of the images per class.
+
+    Returns:
+        Both sources; None without validation images.
+
+    Raises:
+        ValueError: for data that cannot be used and for validation classes without training images.
     """
     train_location, val_location = training_locations(data)
     train = open_source(train_location)
@@ -115,7 +124,24 @@ def open_training(
     class_names: Path | None,
     loader_config: LoaderConfig,
 ) -> TrainingData:
-    """Training and validation loaders. Raises ValueError on data that cannot be used."""
+    """Training and validation loaders of a data set.
+
+    Args:
+        data: `texture-digits`, a folder or shards.
+        image_size: of the model, pixels.
+        batch_size: training images per step and process.
+        seed: of order, augmentation and held-out images.
+        subset: classes, images per class and held-out images.
+        augment: augmentation of the training images.
+        class_names: file of names for prompts; None takes those of the folders.
+        loader_config: loader, workers, device and processes.
+
+    Returns:
+        The loaders and what is known of the classes.
+
+    Raises:
+        ValueError: for data that cannot be used.
+    """
     if data == BENCHMARK:
         _refuse_other_size(image_size)
         if augment != Augment() or subset != DataSubset():
@@ -146,12 +172,21 @@ def open_evaluation(
     loader_config: LoaderConfig,
     allow_incomplete: bool = False,
 ) -> dict[str, EvaluationSet]:
-    """Evaluation sets by name, in the order given.
+    """Open evaluation sets.
 
-    data: `texture-digits` (its ID set and shifts), an image folder or shards, NAME=FOLDER for a set of ImageNet's family, or a
-    folder that is one or holds several. class_folders: the classes of the model, to which its logits refer. Raises ValueError
-    on data that cannot be used, on classes that the model does not have, and on a set of the family that is not whole unless
-    `allow_incomplete`.
+    Args:
+        data: each `texture-digits` (its ID set and shifts), an image folder or shards, NAME=FOLDER for a set of ImageNet's
+            family, or a folder that is such a set or holds several.
+        image_size: of the model, pixels.
+        class_folders: the classes of the model, to which its logits refer.
+        loader_config: loader, workers, device and processes.
+        allow_incomplete: accept a set of ImageNet's family from which classes or images are missing.
+
+    Returns:
+        Evaluation sets by name, in the order given.
+
+    Raises:
+        ValueError: for data that cannot be used, classes that the model does not have, a set given twice and an incomplete set.
     """
     sets: dict[str, EvaluationSet] = {}
     for one in data:
@@ -233,8 +268,20 @@ def _refuse_other_size(image_size: int) -> None:
 
 
 def preview_rows(data: str, *, seed: int, columns: int = 12, classes: int = 24) -> dict[str, Tensor]:
-    """Images for a contact sheet, uint8 (columns, H, W, 3) per row: a split of the benchmark, or a class of a folder or shards.
-    A black tile is an image that cannot be read."""
+    """Images for a contact sheet.
+
+    Args:
+        data: `texture-digits`, a folder or shards.
+        seed: of the images of the benchmark.
+        columns: images per row.
+        classes: rows of a folder or shards, at most.
+
+    Returns:
+        uint8 (columns, H, W, 3) by split of the benchmark or class of a folder. An image that cannot be read is black.
+
+    Raises:
+        ValueError: for data that cannot be used.
+    """
     if data == BENCHMARK:
         train, _ = training_splits(seed, batch_size=columns)
         sets = {name: rendered(split)[0] for name, split in evaluation_specifications().items()}

@@ -32,6 +32,13 @@ class Ignored:
         self.harmless: Counter[str] = Counter()
 
     def add(self, reason: str, path: str, count: int = 1) -> None:
+        """Count files that are ignored.
+
+        Args:
+            reason: why.
+            path: of one of them; the first path of a reason is kept as its example.
+            count: how many.
+        """
         self.counts[reason] += count
         self.examples.setdefault(reason, path)
 

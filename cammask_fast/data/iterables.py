@@ -18,6 +18,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
     Args:
         images: uint8 (N, H, W, 3), uint8 (N, 3, H, W), or float (N, 3, H, W) in [0, 1], not normalised.
+
     Raises:
         ValueError: for other shapes and dtypes, and for floats outside [0, 1], which were probably normalised already.
     """
@@ -42,6 +43,7 @@ class IterableLoader:
         batches: yields images as `to_uint8` takes them, and int labels (N,).
         image_size: what the model takes; other sizes are refused.
         drop_last: leave out a last batch that is smaller than the first (training).
+
     Raises:
         ValueError: when there are no batches, an iterator that is used up, or batches that do not fit.
     """
@@ -77,6 +79,7 @@ class IterableLoader:
             first += len(images)
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the number of the epoch that the next iteration yields."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -89,7 +92,9 @@ class IterableLoader:
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
+        """The epoch; a position inside of it is not known."""
         return {"epoch": self.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the epoch."""
         self.epoch = int(state["epoch"])

@@ -33,13 +33,26 @@ def pack(
     bad: UnreadableSamples,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Write `out/000000.tar` …, `classes.txt` and the plan; return the shards.
+    """Write `out/000000.tar` …, `classes.txt` and the plan.
 
-    Samples are shuffled by `seed`, so that a shard holds all classes. Bytes are copied as they are, or with `resize` decoded
-    once, their short side made that many pixels (never larger), and written as JPEG of `quality`; what cannot be decoded goes
-    to `bad` and is left out. Each shard is written under a temporary name, synced and renamed, and shards that are there
-    already are kept, so that the same call continues after an interruption. Raises ValueError when `out` holds shards of
-    another source or other settings, or cannot be written.
+    Samples are shuffled, so that a shard holds all classes. Each shard is written under a temporary name, synced and renamed,
+    and shards that are there already are kept, so that the same call continues after an interruption.
+
+    Args:
+        source: encoded images with labels.
+        out: folder of the shards.
+        per_shard: images per shard, the last one excepted.
+        resize: pixels of the short side, to which larger images are reduced and written as JPEG; None copies the bytes.
+        quality: of the JPEGs, 1 to 100.
+        seed: of the order.
+        bad: what cannot be decoded is reported to it and left out.
+        progress: called with the images done and in total.
+
+    Returns:
+        The shards' paths.
+
+    Raises:
+        ValueError: `out` holds shards of another source or other settings, or cannot be written; or a number is out of range.
     """
     if per_shard < 1 or (resize is not None and resize < 1) or not 1 <= quality <= 100:
         raise ValueError("expected 1 or more images per shard, a size of 1 or more and a quality of 1 to 100")

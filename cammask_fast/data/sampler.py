@@ -18,7 +18,16 @@ def digest(names: str, sizes: Sequence[int]) -> str:
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """The shuffled sample order of one epoch, int64 (count,); a function of (seed, epoch) and nothing else."""
+    """The shuffled sample order of one epoch.
+
+    Args:
+        count: number of samples.
+        seed: of the run.
+        epoch: 0 for the first one. Every pair of seed and epoch has its own order.
+
+    Returns:
+        int64 (count,), a permutation that depends on the arguments alone.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) & 0x7FFF_FFFF_FFFF_FFFF)
     return torch.randperm(count, generator=generator)
 
@@ -53,6 +62,7 @@ class ResumableDistributedSampler:
 
     @property
     def global_batch(self) -> int:
+        """Samples per step over all ranks."""
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
@@ -97,6 +107,7 @@ class ResumableLoader:
     sampler: ResumableDistributedSampler
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the number of the epoch that the next iteration yields."""
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:

@@ -46,7 +46,19 @@ def of_classes(source: Source, folders: Sequence[str]) -> Source:
 
 
 def few_shot(source: Source, shots: int, *, seed: int) -> Source:
-    """`shots` images of every class, drawn by `seed`, in the source's order; all images of a class that has fewer."""
+    """A few images of every class.
+
+    Args:
+        source: images with labels.
+        shots: images per class, 1 or more; a class that has fewer keeps all.
+        seed: of the draw.
+
+    Returns:
+        The chosen images in the source's order.
+
+    Raises:
+        ValueError: fewer than one shot.
+    """
     if shots < 1:
         raise ValueError(f"--shots: expected 1 or more, got {shots}")
     rank = _rank_within_class(source.labels, seed=seed)
@@ -54,7 +66,19 @@ def few_shot(source: Source, shots: int, *, seed: int) -> Source:
 
 
 def hold_out(source: Source, *, share: float, seed: int) -> tuple[Source, Source]:
-    """Split off `share` of every class, at least one image each and never the last one. Returns (rest, held out)."""
+    """Split off a share of every class, at least one image each and never the last one.
+
+    Args:
+        source: images with labels.
+        share: of the images of each class, 0 to 1.
+        seed: of the draw.
+
+    Returns:
+        The rest and the held-out images.
+
+    Raises:
+        ValueError: a class has a single image.
+    """
     counts = torch.bincount(source.labels, minlength=len(source.folders))
     single = [name for name, count in zip(source.folders, counts.tolist(), strict=True) if count == 1]
     if single:
@@ -66,8 +90,19 @@ def hold_out(source: Source, *, share: float, seed: int) -> tuple[Source, Source
 
 
 def hold_out_images(source: Source, images: int, *, seed: int) -> tuple[Source, Source]:
-    """Split off `images` images in the proportions of the classes (largest remainders), never the last one of a class.
-    Returns (rest, held out). Raises ValueError when the source has too few."""
+    """Split off a number of images in the proportions of the classes (largest remainders), never the last one of a class.
+
+    Args:
+        source: images with labels.
+        images: how many to hold out.
+        seed: of the draw.
+
+    Returns:
+        The rest and the held-out images.
+
+    Raises:
+        ValueError: the source has too few images.
+    """
     counts = torch.bincount(source.labels, minlength=len(source.folders))
     spare = int((counts - 1).clamp(min=0).sum())
     if not 0 < images <= spare:

@@ -16,7 +16,17 @@ SHOWN = 8
 
 
 def summary(data: str, train: ImageSource, held_out: ImageSource | None, names: Sequence[str]) -> tuple[str, ...]:
-    """Counts of images and classes, names in prompts, and classes with few images, from the names of the files alone."""
+    """Describe a training set from the names of its files alone: counts, names in prompts, classes with few images.
+
+    Args:
+        data: as given on the command line.
+        train: training images.
+        held_out: validation images, or None.
+        names: class names in prompts, in the order of the folders.
+
+    Returns:
+        Lines to print.
+    """
     counts = torch.bincount(train.labels, minlength=len(train.folders)).tolist()
     shown = [
         f"{folder} {count}" if folder == name else f"{folder} ({name!r}) {count}"

@@ -94,8 +94,18 @@ class Transform:
     seed: int = 0
 
     def sample_params(self, epoch: int, sample_id: int, width: int, height: int) -> AugmentParams:
-        """The random numbers of one sample: a function of (seed, epoch, sample_id) and its size, so that a resumed run and
-        every loader draw the same."""
+        """Draw the augmentation of one sample, from (seed, epoch, sample_id) and its size alone: a resumed run and every loader
+        draw the same.
+
+        Args:
+            epoch: 0 for the first one.
+            sample_id: index in the source.
+            width: of the image, pixels.
+            height: of the image, pixels.
+
+        Returns:
+            Window, flip, jitter and RandAugment's numbers.
+        """
         augment = self.augment
         if augment == Augment():
             return AugmentParams(centre_window(width, height, self.size), centred=True)
@@ -128,15 +138,32 @@ class AugmentParams(NamedTuple):
 
 
 def resized(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """Width and height after resizing the short side to `size`, then left and top of the centre crop, rounded as in
-    torchvision's Resize and CenterCrop."""
+    """Resize and centre crop as numbers, rounded as in torchvision's Resize and CenterCrop.
+
+    Args:
+        width: of the image, pixels.
+        height: of the image, pixels.
+        size: of the short side and of the crop, pixels.
+
+    Returns:
+        Width and height after resizing, left and top of the crop.
+    """
     short = min(width, height)
     width, height = int(size * width / short), int(size * height / short)
     return width, height, round((width - size) / 2.0), round((height - size) / 2.0)
 
 
 def centre_window(width: int, height: int, size: int) -> tuple[float, float, float, float]:
-    """The pixels of an image that `resized` and the centre crop show: left, top, right, bottom."""
+    """The part of an image that `resized` and its centre crop show.
+
+    Args:
+        width: of the image, pixels.
+        height: of the image, pixels.
+        size: of the short side and of the crop, pixels.
+
+    Returns:
+        Left, top, right and bottom in pixels of the image.
+    """
     new_width, new_height, left, top = resized(width, height, size)
     across, down = width / new_width, height / new_height
     return left * across, top * down, (left + size) * across, (top + size) * down
@@ -145,7 +172,17 @@ def centre_window(width: int, height: int, size: int) -> tuple[float, float, flo
 def random_window(
     width: int, height: int, smallest: float, random: np.random.Generator
 ) -> tuple[float, float, float, float] | None:
-    """A window of `smallest` to 1 of the area with an aspect of 3/4 to 4/3; None where ten tries find none that fits."""
+    """Draw a window of the image with an aspect of 3/4 to 4/3.
+
+    Args:
+        width: of the image, pixels.
+        height: of the image, pixels.
+        smallest: least share of the area, 0 to 1.
+        random: generator, which advances.
+
+    Returns:
+        Left, top, right and bottom in pixels; None where ten tries find no window that fits.
+    """
     for _ in range(10):
         area = width * height * random.uniform(smallest, 1.0)
         aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -190,9 +227,19 @@ def orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image, *, border: int = 0, note: Callable[[str], None] = warn_once) -> Image.Image:
-    """Pixels in RGB: turned by EXIF, more than 8 bits scaled to 8 (`note` is told where their number was found out), the first
-    frame of an animation, `border` pixels cut off on every side, cut to `LONGEST`. Transparency is dropped. Raises ValueError
-    on pixels that cannot be decoded."""
+    """Pixels in RGB: turned by EXIF, the first frame of an animation, without transparency, cut to `LONGEST`.
+
+    Args:
+        image: opened, perhaps not decoded yet.
+        border: pixels to cut off on every side.
+        note: is told where the number of bits had to be guessed to scale more than 8 to 8.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        ValueError: the pixels cannot be decoded, or the border leaves none.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):
             image.load()  # before its EXIF is read, which may lie behind the pixels
@@ -224,9 +271,17 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def placed(pixels: Tensor, draw: AugmentParams, size: int) -> Tensor:
-    """The window of an image, uint8 (H, W, 3), as (size, size, 3): bicubic with antialiasing.
+    """Cut the window out of an image and resize it, bicubic with antialiasing.
 
     torchvision resizes uint8 tensors with the CPU's vector instructions, three times as fast as PIL and within 2 of 255 of it.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        draw: has the window.
+        size: pixels per side of the result.
+
+    Returns:
+        uint8 (size, size, 3).
     """
     image, (height, width) = pixels.permute(2, 0, 1), pixels.shape[:2]
     if draw.centred:
@@ -243,10 +298,22 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
 def decode(
     data: bytes, transform: Transform, *, epoch: int = 0, sample_id: int = 0, note: Callable[[str], None] = warn_once
 ) -> Tensor:
-    """One image as uint8 (size, size, 3): RGB, bicubic resize of the short side and centre crop, then the augmentations.
+    """Decode one image, resize its short side (bicubic), crop its centre or a random window, and augment.
 
-    Sizes round as in torchvision's Resize and CenterCrop. `note` is told what had to be guessed. Raises ValueError with the
-    reason on data that cannot be decoded.
+    Sizes are rounded as in torchvision's Resize and CenterCrop.
+
+    Args:
+        data: the encoded image.
+        transform: size, border and augmentations.
+        epoch: of the random numbers.
+        sample_id: of the random numbers.
+        note: is told what had to be guessed.
+
+    Returns:
+        uint8 (size, size, 3), RGB.
+
+    Raises:
+        ValueError: with the reason, for data that cannot be decoded.
     """
     image = to_rgb(opened(data), border=transform.border, note=note)
     draw = transform.sample_params(epoch, sample_id, *image.size)
@@ -254,7 +321,16 @@ def decode(
 
 
 def augmented(pixels: Tensor, draw: AugmentParams, augment: Augment) -> Tensor:
-    """What follows the crop: flip, jitter, RandAugment, with torchvision. pixels: uint8 (H, W, 3)."""
+    """Flip, jitter and RandAugment, which follow the crop, with torchvision.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        draw: the sample's random numbers.
+        augment: what to apply.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
     image = pixels.permute(2, 0, 1)
     if draw.flip:
         image = image.flip(2)

@@ -22,41 +22,59 @@ class Batch(NamedTuple):
     sample_ids: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device; copies from pinned memory do not wait."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class Loader(Protocol):
     """What training and evaluation ask of a loader; its order depends on (seed, epoch) alone."""
 
-    def set_epoch(self, epoch: int) -> None: ...
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of the epoch that the next iteration yields."""
+
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Batch]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and position, for a checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned: the next iteration begins at that position."""
 
 
 class ImageSource(Protocol):
-    """Encoded images with labels: a folder or tar shards.
-
-    folders: class folder names. labels: int64 (M,), indices into folders. faults: (location, reason) of samples that were lost
-    before an index could be given to them, such as those behind the cut in a damaged shard. fingerprint: changes with the names
-    and sizes of the images, not with the place of the whole.
-    """
+    """Encoded images with labels: a folder or tar shards."""
 
     @property
-    def where(self) -> str: ...
+    def where(self) -> str:
+        """Where the images are, for messages."""
+
     @property
-    def folders(self) -> tuple[str, ...]: ...
+    def folders(self) -> tuple[str, ...]:
+        """Names of the class folders, K."""
+
     @property
-    def labels(self) -> Tensor: ...
+    def labels(self) -> Tensor:
+        """int64 (M,), indices into `folders`."""
+
     @property
-    def faults(self) -> tuple[tuple[str, str], ...]: ...
+    def faults(self) -> tuple[tuple[str, str], ...]:
+        """(location, reason) of samples that have no index, such as those behind the cut in a damaged shard."""
+
     def __len__(self) -> int: ...
-    def read(self, index: int) -> bytes: ...
-    def name(self, index: int) -> str: ...
-    def fingerprint(self) -> str: ...
-    def subset(self, chosen: Tensor) -> Self: ...
-    def with_classes(self, folders: tuple[str, ...], labels: Tensor) -> Self: ...
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of an image. Raises OSError or ValueError where it cannot be read."""
+
+    def name(self, index: int) -> str:
+        """Where an image is, for messages."""
+
+    def fingerprint(self) -> str:
+        """A few characters that change with names and sizes of the images, not with the location of the whole."""
+
+    def subset(self, chosen: Tensor) -> Self:
+        """The images at the indices `chosen`, int64, with the same classes."""
+
+    def with_classes(self, folders: tuple[str, ...], labels: Tensor) -> Self:
+        """The same images under other classes; labels: int64 (M,), indices into `folders`."""
 
 
 class ArrayLoader(ResumableLoader):

@@ -20,6 +20,7 @@ def rendezvous_prefix(store: Any, rank: int, size: int, *, timeout: float) -> st
         rank: of this process.
         size: number of processes.
         timeout: seconds to wait for the others.
+
     Raises:
         ValueError: when a rank is missing after `timeout` seconds.
     """

@@ -47,6 +47,7 @@ def export(checkpoint: Path, to: str, out: Path, *, pretrained: str = "") -> Exp
             them), `onnx` or `torch-export` (images to logits and features, any batch size).
         out: folder, created when it is missing; files of an earlier export are replaced.
         pretrained: weights of the text tower (default: those that the run started from).
+
     Raises:
         ValueError: for an unknown format, a checkpoint that cannot be read, a tool that is not installed, or a folder that
             cannot be written.

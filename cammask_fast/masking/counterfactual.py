@@ -36,12 +36,22 @@ def masked_input(
     dtype: torch.dtype = torch.float32,
     layout: str = "nchw",
 ) -> MaskedInput:
-    """Apply a strategy in as few passes over the pixels as there are: none for no-fill, one for a fill.
+    """Apply a strategy in as few passes over the pixels as possible: none for no-fill, one for a fill.
 
-    images: uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]. relevance_NP: float (N, P), not normalised, None for random
-    masks. draws: from `sample_mask_randomness`. grid: patches per side. dtype, layout (nchw | patches): of the
-    pixels, as `normalise` has them. Raises ValueError where relevance or draws
-    do not fit the strategy.
+    Args:
+        images: uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1].
+        relevance_NP: float (N, P), not normalised; None for random masks.
+        strategy: which patches are masked and how they are filled.
+        draws: from `sample_mask_randomness`.
+        grid: patches per side, G.
+        dtype: of the pixels, as for `normalise`.
+        layout: of the pixels, `nchw` or `patches`, as for `normalise`.
+
+    Returns:
+        Filled pixels, or for no-fill the kept tokens or the key mask.
+
+    Raises:
+        ValueError: relevance or draws do not fit the strategy.
     """
     _check(images, relevance_NP, strategy, draws, grid)
     if strategy.fill == "none":
@@ -83,7 +93,21 @@ class Counterfactual(NamedTuple):
 def counterfactual(
     images: Tensor, relevance_NP: Tensor | None, strategy: Strategy, draws: MaskRandomness, *, grid: int
 ) -> Counterfactual:
-    """The same as `masked_input`, step by step in plain PyTorch, with the mask and the pixels before normalisation."""
+    """The result of `masked_input`, step by step in plain PyTorch, with the mask and the pixels before normalisation.
+
+    Args:
+        images: uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1].
+        relevance_NP: float (N, P), not normalised; None for random masks.
+        strategy: which patches are masked and how they are filled.
+        draws: from `sample_mask_randomness`.
+        grid: patches per side, G.
+
+    Returns:
+        The filled images and their masks.
+
+    Raises:
+        ValueError: relevance or draws do not fit the strategy.
+    """
     _check(images, relevance_NP, strategy, draws, grid)
     if strategy.selection == "random" and strategy.fill == "none":
         assert draws.kept_tokens is not None

@@ -25,7 +25,16 @@ class MaskRandomness(NamedTuple):
     first: Tensor | None = None
 
     def part(self, first: int, count: int, pool: Tensor) -> MaskRandomness:
-        """Those of the images first..first + count - 1 of the batch `pool` that was drawn for."""
+        """The draws of some of the images.
+
+        Args:
+            first: index of the first image.
+            count: number of images.
+            pool: the whole batch that was drawn for, from which donors come.
+
+        Returns:
+            The draws of the images first..first + count - 1.
+        """
         uniform, donors, kept = (
             None if t is None else t[first : first + count] for t in (self.uniform, self.donors, self.kept_tokens)
         )
@@ -35,12 +44,23 @@ class MaskRandomness(NamedTuple):
 
 
 def sample_mask_randomness(strategy: Strategy, *, count: int, patches: int, generator: torch.Generator) -> MaskRandomness:
-    """Draw for a batch of `count` images with `patches` patches each, on the generator's device.
+    """Draw the random numbers of a batch, on the generator's device.
 
     Single-fill: donors are a random permutation of the batch, as in the paper; a fixed point (one per batch on average)
     leaves its image unmasked. Multi-fill: donor = (n + shift) mod N with shift in 1..N-1, never the image itself.
     Order and shapes of the draws are the authors', so the same CPU seed gives their masks (random no-fill excepted).
-    Raises ValueError where a donor is needed and the batch has one image.
+
+    Args:
+        strategy: decides what is drawn.
+        count: images, N.
+        patches: patches per image, P.
+        generator: advances.
+
+    Returns:
+        What the strategy needs; the rest is None.
+
+    Raises:
+        ValueError: a donor is needed and the batch has one image.
     """
     device = generator.device
     if strategy.fill != "none" and count < 2:

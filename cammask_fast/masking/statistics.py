@@ -13,10 +13,17 @@ from cammask_fast.masking.strategy import Strategy
 
 
 def mask_share(relevance_NP: Tensor | None, strategy: Strategy, draws: MaskRandomness, *, patches: int) -> Tensor:
-    """The share of the patches that a strategy masks in a batch, a scalar.
+    """The share of the patches that a strategy masks in a batch.
 
-    relevance_NP: float (N, P), not normalised, None for random masks. With bilinear up-sampling it is the share of
-    the patches above the threshold, not of the pixels.
+    Args:
+        relevance_NP: float (N, P), not normalised; None for random masks.
+        strategy: which patches are masked. With bilinear up-sampling the share is that of patches above the threshold, not that
+            of pixels.
+        draws: from `sample_mask_randomness`.
+        patches: patches per image, P.
+
+    Returns:
+        float scalar, 0 to 1.
     """
     if strategy.selection == "random" and draws.uniform is not None:
         return (draws.uniform < (strategy.threshold or 0.0)).float().mean()

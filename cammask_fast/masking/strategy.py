@@ -48,6 +48,7 @@ class Strategy:
 
     @property
     def needs_cam(self) -> bool:
+        """Whether the mask depends on a relevance map."""
         return self.selection != "random"
 
     def k(self, patches: int) -> int:
@@ -64,6 +65,7 @@ class Strategy:
 
 
 def known_strategies() -> str:
+    """How strategies are spelled, for messages."""
     return "known: {Obj,Ctx,Rand}Mask{No,Single,Multi}Fill(VALUE), VALUE in [0, 1], or top=K or top=50% for Obj and Ctx"
 
 

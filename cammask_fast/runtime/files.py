@@ -15,6 +15,7 @@ def atomic_write(path: Path, *, temporary: str | None = None) -> Iterator[Path]:
         path: the target; its folder must exist.
         temporary: name of the temporary file in the same folder (default: the target's with `.part`). Processes that may write
             the same target at the same time need names of their own.
+
     Raises:
         OSError: when the file cannot be written or renamed; an earlier file under `path` is then untouched.
     """

@@ -143,6 +143,7 @@ def write_run_report(
         gallery: from `counterfactuals`.
         counts: confusion counts of the validation images, int64 (K, K).
         alarms: sentences that belong on top.
+
     Raises:
         OSError: when the file cannot be written.
     """

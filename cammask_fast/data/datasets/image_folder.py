@@ -30,6 +30,7 @@ class ImageFolder:
 
     @property
     def where(self) -> str:
+        """The folder."""
         return str(self.root)
 
     def __len__(self) -> int:
@@ -40,6 +41,7 @@ class ImageFolder:
         return (self.root / self.files[index]).read_bytes()
 
     def name(self, index: int) -> str:
+        """Path of an image."""
         return str(self.root / self.files[index])
 
     def fingerprint(self) -> str:

@@ -147,10 +147,19 @@ def _plain(name: str) -> str:
 
 
 def open_known(name: str, folder: Path, model_folders: Sequence[str]) -> KnownSet:
-    """A set of the family for a model whose logits are the classes `model_folders` (wnids).
+    """Open a set of the family for a model whose logits are given. Classes that the model does not have are left out.
 
-    Classes that the model does not have are left out. Raises ValueError when the folder is not built as the set, holds classes
-    that do not belong to it, or when the model has none of its classes.
+    Args:
+        name: of the set, a key of `KNOWN`.
+        folder: where it is.
+        model_folders: the model's K classes, wnids, in the order of its logits.
+
+    Returns:
+        The images, and for each logit the class for which it is right.
+
+    Raises:
+        ValueError: the folder is not built as the set or holds classes that do not belong to it, or the model has none of its
+            classes.
     """
     root = located(name, folder)
     if root is None:

@@ -23,7 +23,17 @@ EVALUATION_BATCH = 100  # activations stay in the caches of a CPU core
 
 
 def training_splits(seed: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[ArrayLoader, ArrayLoader]:
-    """Training images of a seed (shuffled) and in-distribution validation images, with disjoint digit scans."""
+    """The training images (shuffled) and the in-distribution validation images of the benchmark, with disjoint digit scans.
+
+    Args:
+        seed: of the images and of the order.
+        batch_size: training images per batch and process.
+        rank: of this process.
+        world_size: number of processes.
+
+    Returns:
+        Loaders of the training and the validation images.
+    """
     train = Split(
         name="train", images=TRAIN_IMAGES, seed=seed, scans="train", placement="grouped",
         correlation=CORRELATION, outlined=OUTLINED,

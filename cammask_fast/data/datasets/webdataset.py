@@ -46,6 +46,7 @@ class TarShards:
 
     @property
     def where(self) -> str:
+        """The first shard and the number of the others."""
         return f"{self.shards[0]}" + (f" and {len(self.shards) - 1} more shards" if len(self.shards) > 1 else "")
 
     def __len__(self) -> int:
@@ -61,6 +62,7 @@ class TarShards:
         return data
 
     def name(self, index: int) -> str:
+        """Shard and key of a sample."""
         return f"{self.shards[int(self.shard_of[index])]}/{self.keys[index]}"
 
     def fingerprint(self) -> str:

@@ -43,6 +43,7 @@ class LoaderConfig:
 
     @property
     def uses_dali(self) -> bool:
+        """Whether DALI loads the images. With `auto` it does where it is installed and works; a failure is reported once."""
         if self.kind != "auto" or not dali_installed():
             return self.kind == "dali"
         failure = dali_failure(torch.device(self.device))
@@ -53,7 +54,21 @@ class LoaderConfig:
     def build(
         self, source: ImageSource, transform: Transform, *, batch_size: int, shuffle: bool = False, seed: int = 0
     ) -> TorchLoader | DaliLoader:
-        """The loader of a source. Raises ValueError on options that cannot work."""
+        """The loader of a source.
+
+        Args:
+            source: encoded images with labels.
+            transform: size and augmentations.
+            batch_size: images per batch and process.
+            shuffle: shuffle each epoch and drop its last incomplete batch, as in training.
+            seed: of the order.
+
+        Returns:
+            The DALI or the PyTorch loader.
+
+        Raises:
+            ValueError: for options that cannot work.
+        """
         workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if self.workers is None else self.workers
         bad = UnreadableSamples(source.where, len(source), max_share=self.max_bad, report=self.report, writes=self.rank == 0)
         device, sampler = torch.device(self.device), self.sampler(len(source), batch_size, shuffle=shuffle, seed=seed)
@@ -63,7 +78,17 @@ class LoaderConfig:
         return TorchLoader(source, transform, sampler, bad=bad, workers=workers, pin_memory=device.type == "cuda")
 
     def sampler(self, count: int, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> ResumableDistributedSampler:
-        """The samples of this process among `count`; batch_size: per process."""
+        """The sampler of this process.
+
+        Args:
+            count: samples in the source.
+            batch_size: images per batch and process.
+            shuffle: shuffle each epoch and drop its last incomplete batch, as in training.
+            seed: of the order.
+
+        Returns:
+            The sampler.
+        """
         return ResumableDistributedSampler(
             count, batch_size=batch_size, shuffle=shuffle, seed=seed, rank=self.rank, world_size=self.world_size
         )

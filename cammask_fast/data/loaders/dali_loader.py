@@ -63,6 +63,7 @@ BLACK = b"P6 1 1 255\n\0\0\0"
 
 
 def dali_installed() -> bool:
+    """Whether NVIDIA DALI can be found; it is not imported."""
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 

@@ -72,7 +72,16 @@ def part(encoded: Encoded, rows: range) -> Encoded:
 
 
 def columns(encoded: Encoded, augment: Augment, work: Work) -> tuple[list[Any], ...]:
-    """A batch as the pipeline takes it: one list of arrays per input, as many as it needs."""
+    """A batch in the form that the pipeline takes.
+
+    Args:
+        encoded: JPEG bytes, regions and augmentation parameters of the batch.
+        augment: augmentations, which decide the inputs of the pipeline.
+        work: what the pipeline does.
+
+    Returns:
+        One list of arrays per input of the pipeline.
+    """
     files = [file.numpy() for file in encoded.data.split(encoded.lengths.tolist())]
     region, draws = encoded.region.numpy(), encoded.draws
     parts = [region[:, :2], region[:, 2:]] if work.regions else []
@@ -100,7 +109,9 @@ def define_pipeline(
     work: Work,
     prefetch: int = PREFETCH,
 ) -> Any:
-    """A pipeline that is not built yet, which needs no GPU: decode and, if it is to, resize each image's window and augment.
+    """A pipeline that decodes each image and, if `work` says so, resizes its window and augments it.
+
+    It is not built yet, so no GPU is needed.
 
     Args:
         source: feeds what `columns` returns, or raises StopIteration.
@@ -111,6 +122,9 @@ def define_pipeline(
         hardware_share: of the JPEGs on a GPU, for its hardware decoder; 0 to 1.
         work: what the pipeline does, see `work_for`.
         prefetch: batches that are decoded ahead; with 1 each run asks `source` once.
+
+    Returns:
+        A DALI pipeline.
     """
     from nvidia.dali import fn, pipeline_def, types
 

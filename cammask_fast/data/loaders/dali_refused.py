@@ -38,6 +38,7 @@ class Trial:
         self._left = PIPELINES
 
     def takes(self, rows: range) -> bool:
+        """Whether DALI takes these consecutive rows of the batch."""
         if self._pipeline is None and not self._left:
             return False
         if self._runs(part(self._batch, rows)):

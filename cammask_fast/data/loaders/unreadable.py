@@ -57,6 +57,7 @@ class UnreadableSamples:
                 self._write(name, reasons[name])
 
     def summary(self) -> str:
+        """One line: how many of the images cannot be read, and where they are listed."""
         share = len(self) / max(1, self.total)
         return f"{len(self)} of {self.total} images of {self.where} ({share:.2%}) cannot be read, listed in {self.report}"
 

@@ -29,7 +29,17 @@ GRACE = 20
 
 
 def read_ahead(dataset: Dataset[Any], asked: Iterable[Any], workers: int, *, pin_memory: bool = False) -> DataLoader[Any]:
-    """A DataLoader that asks `dataset` for whole batches."""
+    """A DataLoader that asks a data set for whole batches.
+
+    Args:
+        dataset: indexed by batch requests.
+        asked: batch requests in their order.
+        workers: processes; 0 reads in this one.
+        pin_memory: copy batches to pinned memory.
+
+    Returns:
+        The DataLoader; its workers live on between epochs.
+    """
     return DataLoader(
         dataset,
         batch_size=None,
@@ -50,16 +60,21 @@ def worker_init_fn(worker: int) -> None:
 
 
 class Flag:
-    """An event without a lock: a worker that is killed while it looks at multiprocessing's own takes the lock with it, and
-    this process would wait for it for ever."""
+    """An event without a lock.
+
+    A worker that is killed while it reads multiprocessing's own event takes its lock along, and this process would wait for
+    ever.
+    """
 
     def __init__(self) -> None:
         self._value = multiprocessing.RawValue("b", 0)
 
     def is_set(self) -> bool:
+        """Whether `set` was called."""
         return bool(self._value.value)
 
     def set(self) -> None:
+        """Set the flag in all processes that share it."""
         self._value.value = 1
 
 
