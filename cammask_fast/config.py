@@ -111,6 +111,11 @@ class TrainConfig:
     )
     distill: Literal["", "fd", "kd"] = option("", "distil features (fd) or logits (kd) (default: the method's own)")
     cam: Cam = option("mm-cam", "class activation map of the object and context masks")
+    cam_source: Literal["student", "teacher"] = option(
+        "student",
+        "whose map masks: of the student as it trains (student, the paper's), or of the frozen teacher (teacher), computed "
+        "once per image and kept, which saves the map's backward pass",
+    )
     cam_start_layer: int = option(0, "first layer of MM-CAM's rollout; 0, the paper's, is all layers", metavar="LAYER")
     upsample: Literal["nearest", "bilinear"] = option("nearest", "how the relevance map is scaled to pixels")
     w_task: float = option(1.0, "weight of the cross-entropy on the clean images")

@@ -12,9 +12,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from cammask_fast.config import TrainConfig
+from cammask_fast.masking.kept import TeacherMemory
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.optim import Clipped, FlatAdamW, build_optimizer, build_schedule
 
+KEPT = "kept."
+"""Before the names of what is kept of each image, in a saved state."""
 METRICS = ("task", "distill", "gradient_norm", "mask_share", "cam_entropy")
 
 
@@ -77,6 +80,8 @@ class TrainState:
     best_accuracy: float = float("-inf")
     best_step: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    kept: TeacherMemory | None = None
+    """What the run keeps of each image."""
 
     @classmethod
     def create(
@@ -170,7 +175,14 @@ class TrainState:
             "best_step": self.best_step,
         }
         metadata["has_best"] = bool(self.best_weights)
-        return Snapshot({**weights, **self.moments(), **best, "tally": self.tally, "sums": self.sums}, metadata)
+        kept = {} if self.kept is None else {f"{KEPT}{name}": value for name, value in self.kept.state_dict().items()}
+        return Snapshot({**weights, **self.moments(), **best, **kept, "tally": self.tally, "sums": self.sums}, metadata)
+
+    @staticmethod
+    def forget_kept(saved: Snapshot) -> None:
+        """Take what was kept of each image out of a saved state."""
+        for name in [name for name in saved.tensors if name.startswith(KEPT)]:
+            del saved.tensors[name]
 
     @torch.no_grad()
     def load_state_dict(self, saved: Snapshot) -> None:
@@ -183,6 +195,9 @@ class TrainState:
                 value.copy_(tensors[name])
         self.step, self.epoch = int(metadata["step"]), int(metadata["epoch"])
         self.best_accuracy, self.best_step = float(metadata["best_accuracy"]), int(metadata["best_step"])
+        if self.kept is not None:
+            kept = {name.removeprefix(KEPT): value for name, value in tensors.items() if name.startswith(KEPT)}
+            self.kept.load_state_dict(kept)
         self.tally.copy_(tensors["tally"])
         self.sums.copy_(tensors["sums"]) if "sums" in tensors else self.sums.zero_()  # none in checkpoints of version 0.1.0
         if isinstance(self.optimizer, FlatAdamW):

@@ -120,9 +120,15 @@ LossAndBackward = Callable[[Forward, Teacher | None, Batch, MaskRandomness | Non
 
 
 def build_strategy(config: TrainConfig) -> Strategy | None:
-    """The masking strategy of a run, or None for clean images."""
+    """The masking strategy of a run, or None for clean images. Raises ValueError on settings that do not fit it."""
     masking = config.resolved.masking
-    return None if masking == "none" else parse_strategy(masking, upsample=config.upsample)
+    strategy = None if masking == "none" else parse_strategy(masking, upsample=config.upsample)
+    if config.cam_source == "teacher" and (strategy is None or not strategy.needs_cam):
+        raise ValueError(
+            f"cam_source teacher: method {config.method!r} with masking {masking!r} needs no map: leave it out, or choose an "
+            "object or context mask"
+        )
+    return strategy
 
 
 def build_step(student: Classifier, teacher: Classifier | None, config: TrainConfig) -> Step:
@@ -309,6 +315,7 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
     if config.cam_start_layer >= vit.layers:
         raise ValueError(f"cam_start_layer: expected 0..{vit.layers - 1} for this model, got {config.cam_start_layer}")
     layout: dict[str, Any] = {"dtype": dtype, "layout": "patches"}
+    by_student = strategy is not None and strategy.needs_cam and config.cam_source == "student"
 
     def task_loss_and_cotangents(prediction: Prediction, labels: Tensor, weight: float) -> tuple[Tensor, Cotangents]:
         gradient, loss = grad_and_value(F.cross_entropy)(prediction.logits, labels)
@@ -328,11 +335,16 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
         gradients = clean.tap_gradients(at_labels)  # of the sum over the batch of each image's logit at its label
         return weighted_activation(clean.taps, gradients[0]) if config.cam == "grad-cam" else cls_rollout(clean.taps, gradients)
 
+    def kept_map(batch: Batch) -> Tensor:
+        if batch.relevance is None:
+            raise ValueError("cam_source teacher: the batch carries no relevance; let TeacherMemory add it, as fine_tune does")
+        return batch.relevance.float()
+
     def losses_and_backward(
         forward: Forward, teacher: Teacher | None, batch: Batch, draws: MaskRandomness | None, scale: float
     ) -> Losses:
         patches = normalise(batch.images, patch_size=vit.patch_size, **layout)
-        clean = forward(patches, tapped=strategy is not None and strategy.needs_cam)
+        clean = forward(patches, tapped=by_student)
         task, cotangents = task_loss_and_cotangents(clean.prediction, batch.labels, config.w_task * scale)
         if method.distill == "none":
             clean.pull_back(cotangents)
@@ -346,7 +358,7 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
             clean.pull_back(_add(cotangents, more))
             return _losses(config, task, distill)
         assert draws is not None
-        cam = relevance_map(clean, batch.labels) if strategy.needs_cam else None
+        cam = relevance_map(clean, batch.labels) if by_student else kept_map(batch) if strategy.needs_cam else None
         clean.pull_back(cotangents)
         del clean
         masked = masked_input(batch.images, cam, strategy, draws, grid=vit.grid, **layout)

@@ -23,6 +23,7 @@ from cammask_fast.distributed import World
 from cammask_fast.evaluate import accuracy
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.masking import MaskRandomness, counterfactual, sample_mask_randomness
+from cammask_fast.masking.kept import TeacherMemory
 from cammask_fast.model.classifier import Classifier, interpolate
 from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
 from cammask_fast.progress import DataWait, Throughput
@@ -92,7 +93,10 @@ class Run:
             return
         found = self.checkpoints.newest() if self.checkpoints is not None else None
         if found is not None:
-            refuse_changes(found.settings, self.settings or {}, found.path.parent.parent)
+            settings = self.settings or {}
+            refuse_changes(found.settings, settings, found.path.parent.parent)
+            if found.settings.get("images") != settings.get("images"):  # what was kept is of the former ones
+                TrainState.forget_kept(found.saved)
         saved = distributed.broadcast_state(None if found is None else found.saved)
         if saved is not None:
             state.load_state_dict(saved)
@@ -104,7 +108,10 @@ class Run:
             self.resumed(state.step, state.epoch, None if found is None else found.path)
 
     def save(self, state: TrainState, loader: Loader) -> None:
-        """Write a checkpoint. Called by all processes at the same step, since it gathers their generators; rank 0 writes."""
+        """Write a checkpoint. Called by all processes at the same step and after every epoch, since it gathers their generators
+        and what they keep of the images; rank 0 writes."""
+        if state.kept is not None:
+            state.kept.merge()
         if not self.save_every:
             return
         device = state.student.head.weight.device
@@ -161,14 +168,17 @@ def fine_tune(
     compiled = config.compile != "off" and (config.compile != "auto" or device.type == "cuda")
     set_matmul_precision(resolve(config.precision, device))
     state = TrainState.create(student, config, steps_per_epoch=len(train), compiled=compiled, rank=rank)
-    step = build_train_step(state, teacher, config, processes=run.world.size)
+    frozen = teacher.stored_in(dtype)
+    state.kept = TeacherMemory.of_run(frozen, config, train)
+    step = build_train_step(state, frozen, config, processes=run.world.size)
     run.resume(state, train)
     wait, vote, pace = DataWait(device), distributed.AsyncAnyFlag(), Throughput(state.step * config.batch_size)
     for epoch in range(state.epoch, config.epochs):
         train.set_epoch(epoch)
         for batch in wait.over(train):
             distributed.heartbeat(f"step {state.step + 1}")
-            parts = split_microbatches(batch.to(device), config, state, run.world)
+            loaded = batch.to(device) if state.kept is None else state.kept.add_to(batch, device)
+            parts = split_microbatches(loaded, config, state, run.world)
             step(parts)
             run.after_step()
             state.step += 1
@@ -213,7 +223,7 @@ def split_microbatches(batch: Batch, config: TrainConfig, state: TrainState, wor
         `config.accumulate` pairs of a micro-batch and its random numbers, None where the method masks nothing.
     """
     strategy, patches = build_strategy(config), state.student.visual.config.patches
-    pieces = [Batch(*piece) for piece in zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True)]
+    pieces = batch.chunks(config.accumulate)
     if strategy is None or config.donors == "batch":
         return [(piece, sample_step_randomness(strategy, piece, patches, state.generator)) for piece in pieces]
     own, size = len(batch.labels), len(pieces[0].labels)
@@ -294,6 +304,7 @@ def _debug_bundle(state: TrainState, config: TrainConfig, parts: Parts, run: Run
             if strategy is not None and draws is not None:
                 with torch.enable_grad():
                     cam = relevance_of(student, batch.images, batch.labels, config.cam) if strategy.needs_cam else None
+                cam = cam if batch.relevance is None else batch.relevance.float()
                 masks.append(counterfactual(batch.images, cam, strategy, draws, grid=vit.grid).mask)
     ids = torch.cat([batch.sample_ids for batch, _ in parts]).to(finite[0].device)
     tensors = {"sample_ids": ids, "finite": torch.cat(finite).to(torch.uint8)}

@@ -82,7 +82,7 @@ def run(config: TrainConfig, *, compiled: bool, accumulate: int = 1, dtype: torc
         parts = []
         for half in range(accumulate):
             data = batch(8)
-            data = Batch(*(tensor.roll(number, 0).chunk(accumulate)[half] for tensor in data))
+            data = data.map(lambda tensor: tensor.roll(number, 0).chunk(accumulate)[half])  # noqa: B023
             parts.append((data, sample_step_randomness(build_strategy(config), data, TINY.patches, state.generator)))
         if compiled:
             losses.append(step(parts))
@@ -231,7 +231,7 @@ def test_work_and_memory_of_the_graph_at_vit_b16(method: str, most: float) -> No
         unit = forward_unit(student, COUNT)
         authors = build_authors_step(student.requires_grad_(True), teacher, config)
         authors(data, draws)
-        with LiveStorages([*student.parameters(), *teacher.parameters(), *data]) as theirs:
+        with LiveStorages([*student.parameters(), *teacher.parameters(), *data.tensors()]) as theirs:
             authors(data, draws)
     assert flops / unit <= most
     assert memory.peak <= 0.5 * theirs.peak

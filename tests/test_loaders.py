@@ -70,7 +70,9 @@ def ids(batches: list[Batch]) -> list[int]:
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        torch.equal(x, y) for one, other in zip(first, second, strict=True) for x, y in zip(one, other, strict=True)
+        torch.equal(x, y)
+        for one, other in zip(first, second, strict=True)
+        for x, y in zip(one.tensors(), other.tensors(), strict=True)
     )
 
 

@@ -60,7 +60,7 @@ def shapes(config: TrainConfig) -> tuple[Classifier, Classifier, Batch, MaskRand
         student = Classifier(VisionTransformer(TINY), torch.zeros(3, TINY.output_dim))
     data = batch(8)
     draws = draws_for(config, data)
-    return student, student.frozen_copy(), Batch(*on_meta(data)), None if draws is None else MaskRandomness(*on_meta(draws))
+    return student, student.frozen_copy(), Batch(*on_meta(data[:3])), None if draws is None else MaskRandomness(*on_meta(draws))
 
 
 @pytest.mark.parametrize("name", PRECISIONS)

@@ -100,6 +100,7 @@ def written_out(
             cam = grad_cam(logits, data.labels, taps)
         elif strategy.needs_cam:
             cam = mm_cam(logits, data.labels, taps, start_layer=config.cam_start_layer)
+        cam = cam if data.relevance is None else data.relevance.double()
         shown = counterfactual(images, cam, strategy, draws, grid=TINY.grid)
         pixels = normalise(shown.images, dtype=torch.float64)
         if strategy.fill == "none":  # every query, every block: no key among the masked patches
@@ -158,7 +159,8 @@ def test_micro_batches_accumulate_the_gradients_of_the_whole_batch(name: str) ->
     parts = []
     for first in (0, 2):
         draws = whole and whole.part(first, 2, data.images)
-        parts.append(step(Batch(*(tensor[first : first + 2] for tensor in data)), draws, scale=0.5).total)
+        half = data.map(lambda tensor: tensor[first : first + 2])  # noqa: B023
+        parts.append(step(half, draws, scale=0.5).total)
     assert sum(parts).item() / 2 == pytest.approx(total.item(), rel=1e-12)  # type: ignore[union-attr]
     assert wrong_gradients(student, expected) == {}
 

@@ -203,10 +203,10 @@ def counted(race: Race, provider: str) -> dict[str, float]:
             parameter.grad = torch.zeros_like(parameter)
         weights = [*student.parameters(), *teacher.parameters()]
         gradients = [p.grad for p in student.parameters() if p.grad is not None]
-        with LiveStorages([*weights, *gradients, *data]) as memory:
+        with LiveStorages([*weights, *gradients, *data.tensors()]) as memory:
             built_and_run()
     trained = sum(p.numel() * p.element_size() for p in student.parameters())
-    owned = sum(t.numel() * t.element_size() for t in [*weights, *gradients, *data]) + 2 * trained
+    owned = sum(t.numel() * t.element_size() for t in [*weights, *gradients, *data.tensors()]) + 2 * trained
     return {
         "forward_units": flops / unit,
         "flops": flops,

@@ -23,7 +23,9 @@ from cammask_fast.evaluate import Score
 from cammask_fast.evaluate import evaluate as evaluate_models
 from cammask_fast.export import Exported
 from cammask_fast.export import export as export_checkpoint
+from cammask_fast.masking.kept import teacher_relevance
 from cammask_fast.model.classifier import Classifier
+from cammask_fast.precision import compute_dtype
 from cammask_fast.step import Losses, build_step, build_strategy, sample_step_randomness
 from cammask_fast.train import fine_tune as train
 
@@ -154,12 +156,15 @@ def train_step(
     ours.requires_grad_(config.resolved.trained == "all")
     ours.head.requires_grad_(True)
     device = ours.head.weight.device
-    step, strategy = build_step(ours, frozen.frozen_copy(), config), build_strategy(config)
+    stored = frozen.frozen_copy().stored_in(compute_dtype(config.precision, ours.head.weight))
+    step, strategy = build_step(ours, stored, config), build_strategy(config)
     generator, patches = torch.Generator(device).manual_seed(seed), ours.visual.config.patches
 
     def run(images: Tensor, labels: Tensor) -> Losses:
         pixels = to_uint8(images).to(device)
         batch = Batch(pixels, labels.to(device), torch.arange(len(labels), device=device))
+        if config.cam_source == "teacher":
+            batch = batch._replace(relevance=teacher_relevance(stored, batch.images, batch.labels, config))
         return step(batch, sample_step_randomness(strategy, batch, patches, generator))
 
     return run

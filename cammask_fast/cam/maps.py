@@ -85,7 +85,15 @@ def weighted_activation(taps: Taps, gradient: Tensor) -> Tensor:
     return torch.relu((taps.last_ln_1.to(dtype) * weights).sum(-1))[:, 1:]
 
 
-def relevance_of(model: Classifier, images: Tensor, labels: Tensor, cam: str, *, start_layer: int = 0) -> Tensor:
+def relevance_of(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    cam: str,
+    *,
+    start_layer: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """The CAM of images at their labels.
 
     Args:
@@ -94,6 +102,7 @@ def relevance_of(model: Classifier, images: Tensor, labels: Tensor, cam: str, *,
         labels: int64 (N,), the class of each image's map.
         cam: `mm-cam` or `grad-cam`.
         start_layer: first layer of MM-CAM's rollout.
+        dtype: of the model's products, as it is stored.
 
     Returns:
         float32 (N, P), row-major patches, not normalised.
@@ -105,7 +114,7 @@ def relevance_of(model: Classifier, images: Tensor, labels: Tensor, cam: str, *,
         raise ValueError(f"unknown cam {cam!r}; known: {', '.join(CAMS)}")
     taps = Taps()
     with torch.enable_grad():
-        pixels = normalise(images).requires_grad_(True)  # the taps of a frozen model need a graph, too
+        pixels = normalise(images, dtype=dtype).requires_grad_(True)  # the taps of a frozen model need a graph, too
         logits = model(pixels, taps=taps).logits
         if cam == "grad-cam":
             return grad_cam(logits, labels, taps)

@@ -26,6 +26,7 @@ from cammask_fast.data.text_files import read_text
 from cammask_fast.data.transforms import Augment
 from cammask_fast.distributed import World, all_gather_object, check_same_on_all_ranks, init_distributed
 from cammask_fast.evaluate import accuracy
+from cammask_fast.masking.kept import refuse_moving_pixels
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import vit_config
 from cammask_fast.profiling import StepProfiler
@@ -78,7 +79,9 @@ def train_here(
         ValueError: for data, weights or settings that cannot work, or that differ between ranks.
         TrainingPreempted: a signal stopped the run after a checkpoint.
     """
+    augment = Augment.parse(args["augment"])
     build_strategy(config)
+    refuse_moving_pixels(config, augment)
     point = starting_point(args, recipe, config, out)
     device, vit = device_of(args), vit_config(point.arch)
     trains = config.resolved.trained != "none"
@@ -87,7 +90,7 @@ def train_here(
     )
     data = open_training(
         args["data"], image_size=vit.image_size, batch_size=share_of_batch(config, dist_info) if trains else 1,
-        seed=config.seed, subset=subset, augment=Augment.parse(args["augment"]), class_names=args["class_names"],
+        seed=config.seed, subset=subset, augment=augment, class_names=args["class_names"],
         loader_config=loader_config_of(args, device, out, dist_info),
     )  # fmt: skip
     teacher, start = point.models(

@@ -60,6 +60,11 @@ class Augment:
                 f"rand-augment: expected OPERATIONS,MAGNITUDE with a magnitude of 0 to 30, got {self.rand_augment}"
             )
 
+    @property
+    def moves_pixels(self) -> bool:
+        """Whether an image's contents lie elsewhere from epoch to epoch."""
+        return self.random_crop > 0 or self.flip or self.rand_augment[0] > 0
+
     @classmethod
     def parse(cls, words: list[str] | tuple[str, ...]) -> Augment:
         """From words such as `random-crop=0.08 flip color-jitter=0.4 rand-augment=2,9`. Raises ValueError on others."""

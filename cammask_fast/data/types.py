@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -14,16 +14,31 @@ from cammask_fast.data.sampler import ResumableDistributedSampler, ResumableLoad
 class Batch(NamedTuple):
     """A batch of decoded, resized, not yet normalised images.
 
-    images: uint8 (N, H, W, 3), RGB. labels: int64 (N,). sample_ids: int64 (N,), stable across epochs.
+    images: uint8 (N, H, W, 3), RGB. labels: int64 (N,). sample_ids: int64 (N,), stable across epochs. relevance: float16
+    (N, P), what a run has kept of its maps, which no loader gives.
     """
 
     images: Tensor
     labels: Tensor
     sample_ids: Tensor
+    relevance: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there, in the order of the fields."""
+        return [tensor for tensor in self if tensor is not None]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Every tensor through `function`."""
+        return Batch(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; copies from pinned memory do not wait."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def chunks(self, count: int) -> list[Batch]:
+        """Consecutive parts, as many as `count` and of equal size where that divides the batch."""
+        parts = [() if tensor is None else tensor.chunk(count) for tensor in self]
+        return [Batch(*(part[i] if part else None for part in parts)) for i in range(len(parts[0]))]  # type: ignore[arg-type]
 
 
 class Loader(Protocol):

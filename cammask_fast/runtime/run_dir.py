@@ -32,6 +32,8 @@ FORMER_VALUES = {"PlainLoader": "TorchLoader"}
 """Values in the settings of runs that version 0.1.0 began, and what they are called now."""
 SINCE_0_1_0 = ("train_images",)
 """Settings that runs of version 0.1.0 do not hold; there is nothing to compare them with."""
+DEFAULTS_BEFORE = {"cam_source": "student"}
+"""Settings that earlier runs do not hold, and what they did."""
 NOTED = ("images",)
 """Settings whose change is told: with other images of the same classes a run can go on, but it is not the same run."""
 RESUME_MUTABLE_WITH_GLOBAL_DONORS = ("processes", "accumulate")
@@ -202,6 +204,7 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path
     """Raise ValueError, naming the settings, when a run would go on with others than those it was begun with."""
     free = set(RESUME_MUTABLE)
     before = {name: FORMER_VALUES.get(value, value) if isinstance(value, str) else value for name, value in before.items()}
+    before = {name: value for name, value in DEFAULTS_BEFORE.items() if name in now} | before
     if before.get("donors") == now.get("donors") == "global":
         free |= set(RESUME_MUTABLE_WITH_GLOBAL_DONORS)
     different = [

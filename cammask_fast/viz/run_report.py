@@ -78,15 +78,19 @@ def counterfactuals(
     images, labels, rows = images[:SHOWN], labels[:SHOWN], []
     grid, made = before.visual.config.grid, {}
     maps = {}
-    for when, model in (("before", before), ("after", after)):
+    shown = {"before training": before, "after training": after}
+    if config.cam_source == "teacher":
+        shown = {"by the teacher": before}
+    for when, model in shown.items():
         relevance = relevance_of(model, images, labels, config.cam, start_layer=config.cam_start_layer).cpu()
         maps[when] = normalise_relevance(relevance).view(-1, grid, grid)
         generator = torch.Generator().manual_seed(config.seed)
         made[when] = apply(strategy, images.cpu(), len(images), relevance, generator, grid=grid)
     for i, label in enumerate(labels.tolist()):
-        strategies = {f"{when} training": (mask[i], filled[i]) for when, (mask, filled) in made.items()}
-        rows.append(GalleryRow(names[label], images[i].cpu(), maps["after"][i], strategies))
-    return picture("Counterfactuals of your images", gallery_figure(rows), text=f"{masking}; the map is the fine-tuned model's")
+        strategies = {when: (mask[i], filled[i]) for when, (mask, filled) in made.items()}
+        rows.append(GalleryRow(names[label], images[i].cpu(), maps[when][i], strategies))
+    whose = "the frozen teacher's, which masked" if config.cam_source == "teacher" else "the fine-tuned model's"
+    return picture("Counterfactuals of your images", gallery_figure(rows), text=f"{masking}; the map is {whose}")
 
 
 def confusion(counts: Tensor, names: Sequence[str]) -> tuple[list[Picture], list[dict[str, str]]]:
