@@ -19,7 +19,11 @@ from cammask_fast.runtime.env import launched
 from cammask_fast.runtime.notices import collecting
 from cammask_fast.runtime.signals import EXIT_CODE, TrainingPreempted
 
-SCORES = "folder of scores.json, scores.csv, per_class.csv and the list of unreadable images (default: only printed)"
+SCORES = (
+    "folder of scores.json, scores.csv, per_class.csv, predictions.csv, the confusion matrix and the list of unreadable images "
+    "(default: only printed)"
+)
+MODEL = "a run folder (its best checkpoint), a checkpoint, or a pre-trained model: tiny, ViT-B/32, …, or a file with --arch"
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,9 +140,11 @@ def build_parser() -> Parser:
 
     text = "accuracy of a checkpoint on folders, shards, ImageNet and its shifts, or the benchmark's test sets"
     evaluate = command("evaluate", "evaluation.run_evaluate", text)
-    evaluate.add_argument("--checkpoint", type=Path, required=True)
-    evaluate.add_argument("--arch", help="refuse a checkpoint of any other architecture")
+    evaluate.add_argument("--checkpoint", required=True, metavar="MODEL", help=MODEL)
+    evaluate.add_argument("--arch", help="refuse a checkpoint of any other architecture; that of a file with a CLIP's weights")
+    evaluate.add_argument("--pretrained", default="", help="weights of a pre-trained model, as for zeroshot")
     _data(evaluate, table=True)
+    _class_text(evaluate)
     _shared(evaluate, out=(None, SCORES), precisions=PRECISIONS)
 
     zeroshot = command("zeroshot", "evaluation.run_zeroshot", "accuracy of a pre-trained CLIP without any training")
@@ -148,8 +154,10 @@ def build_parser() -> Parser:
     _shared(zeroshot, out=(None, SCORES), precisions=PRECISIONS)
 
     wise = command("wise-ft", "evaluation.run_wise_ft", "evaluate interpolations between zero-shot and fine-tuned weights")
-    wise.add_argument("--start", type=Path, required=True, help="zero-shot checkpoint: `train --method zeroshot` writes one")
-    wise.add_argument("--end", type=Path, required=True, help="fine-tuned checkpoint: last.safetensors of `train --method ft`")
+    text = "zero-shot end: a run folder, a checkpoint or a pre-trained model (default: the one that --end began from)"
+    wise.add_argument("--start", metavar="MODEL", help=text)
+    text = "fine-tuned end: a run folder (its last.safetensors) or a checkpoint"
+    wise.add_argument("--end", type=Path, required=True, metavar="RUN|CHECKPOINT", help=text)
     wise.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="ALPHA")
     _data(wise, table=True)
     _shared(
@@ -159,6 +167,21 @@ def build_parser() -> Parser:
     )
 
     text = "write a run's weights for open_clip, transformers, ONNX Runtime or torch.export"
+    text = "the most probable classes of photographs, which need no labels"
+    predict = command("predict", "prediction.run_predict", text)
+    predict.add_argument("model", metavar="MODEL", help=MODEL)
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (everything below), patterns in quotes")
+    predict.add_argument("--top", type=int, default=5, metavar="K", help="classes per photograph (default: %(default)s)")
+    predict.add_argument("--csv", type=Path, metavar="FILE", help="write a line per photograph and class")
+    predict.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    text = "classes of a pre-trained model: a,b,c, a file with one per line, or imagenet"
+    predict.add_argument("--classes", default="", metavar="LIST", help=text)
+    predict.add_argument("--templates", type=Path, metavar="FILE", help="a prompt template with {} per line")
+    predict.add_argument("--arch", help="architecture of a file with a CLIP's weights")
+    predict.add_argument("--pretrained", default="", help="weights of a pre-trained model, as for zeroshot")
+    _strict(predict)
+    _shared(predict, precisions=PRECISIONS)
+
     export = command("export", "export.run_export", text)
     export.add_argument("run", type=Path, metavar="RUN", help="folder of a run (its best checkpoint) or a checkpoint")
     formats = ("open-clip", "hf", "onnx", "torch-export")
@@ -170,14 +193,18 @@ def build_parser() -> Parser:
     export.add_argument("--pretrained", default="", metavar="FILE", help=text)
 
     mask = command("mask", "images.run_mask", "CAM, masks and counterfactuals of photographs for any text prompt, as a PNG")
-    mask.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    mask.add_argument("--class", dest="prompts", action="append", required=True, metavar="PROMPT", help="repeat for more rows")
+    mask.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (everything below), patterns in quotes")
+    text = "repeat for more rows; with --checkpoint one of its classes (default: all, or of many the predicted one)"
+    mask.add_argument("--class", dest="prompts", action="append", metavar="PROMPT", help=text)
+    mask.add_argument("--checkpoint", metavar="MODEL", help=MODEL)
     mask.add_argument("--donors", type=Path, metavar="FOLDER", help="images to fill from (default: the other photographs)")
     mask.add_argument("--masking", default="", metavar="STRATEGY", help="default: the paper's object and context single-fill")
     mask.add_argument("--cam", default="mm-cam", choices=("mm-cam", "grad-cam"))
+    mask.add_argument("--cam-start-layer", type=int, default=0, metavar="LAYER", help="first layer of MM-CAM's rollout")
     mask.add_argument("--seed", type=int, default=0)
     _model(mask)
-    _shared(mask, out=("mask.png", "PNG file"))
+    _strict(mask)
+    _shared(mask, out=("mask.png", "PNG file; several, with numbers, for many photographs"))
 
     compare = command("compare", "compare.run_compare", "accuracies, paired differences and settings of finished runs")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of `cammask train`")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cammask_fast import distributed
-from cammask_fast.data.types import Loader
+from cammask_fast.data.types import Batch, Loader
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.model.classifier import Classifier
 
@@ -70,6 +70,47 @@ class AccuracyMeter:
         return Score(images, 100.0 * right / images, 100.0 * in_top / images, 100.0 * gap, per_class)
 
 
+class Predicted(NamedTuple):
+    """What a model said of every image, in the order of the samples; on the CPU.
+
+    sample_ids, labels: int64 (M,). logits: int64 (M,), the index of the largest logit that counts. groups: int64 (M,), the
+    label that it stands for. probabilities: float32 (M,), its share among the logits that count.
+    """
+
+    sample_ids: Tensor
+    labels: Tensor
+    logits: Tensor
+    groups: Tensor
+    probabilities: Tensor
+
+    def confusion(self, classes: int) -> Tensor:
+        """int64 (classes, classes + 1): images of label i that were taken for label j; in the last column for none of them."""
+        predicted = torch.where(self.groups < classes, self.groups, classes)
+        cells = self.labels * (classes + 1) + predicted
+        return torch.bincount(cells, minlength=classes * (classes + 1)).view(classes, classes + 1)
+
+
+class PredictionLog:
+    """Keeps the prediction for every image that is evaluated. groups: as for `AccuracyMeter`."""
+
+    def __init__(self, groups: Tensor):
+        self.groups = groups
+        self.parts: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, batch: Batch, logits: Tensor) -> None:
+        """Add a batch; waits for the device."""
+        counted = (self.groups >= 0).nonzero()[:, 0].to(logits.device)
+        probability, best = logits[:, counted].float().softmax(1).max(1)
+        self.parts.append(tuple(one.cpu() for one in (batch.sample_ids, batch.labels, counted[best], probability)))
+
+    def result(self) -> Predicted:
+        """Those of all processes."""
+        parts = [part for of_rank in distributed.all_gather_object(self.parts) for part in of_rank]
+        ids, labels, logits, probabilities = (torch.cat(column) for column in zip(*parts, strict=True))
+        order = ids.argsort(stable=True)
+        return Predicted(ids[order], labels[order], logits[order], self.groups[logits[order]], probabilities[order])
+
+
 @torch.no_grad()
 def evaluate(
     models: Sequence[Classifier],
@@ -78,6 +119,7 @@ def evaluate(
     groups: Tensor | None = None,
     classes: int | None = None,
     device: torch.device | str = "cpu",
+    seen: Callable[[Batch, Tensor], None] | None = None,
 ) -> list[Score]:
     """Score several models in one pass over the data: every model sees each decoded batch.
 
@@ -87,6 +129,7 @@ def evaluate(
         groups: int64 (K,), see `AccuracyMeter`; None: each logit is right for the label of its index.
         classes: number of labels; None: as many as logits.
         device: of the models.
+        seen: gets every batch, on the device, with the first model's logits (N, K), see `PredictionLog`.
 
     Returns:
         A score per model.
@@ -102,8 +145,11 @@ def evaluate(
         batch = batch.to(device)
         dtype = models[0].visual.conv1.weight.dtype
         images = normalise(batch.images, dtype=dtype)
-        for model, tally in zip(models, tallies, strict=True):
-            tally.add(model(images).logits, batch.labels)
+        for index, (model, tally) in enumerate(zip(models, tallies, strict=True)):
+            logits = model(images).logits
+            tally.add(logits, batch.labels)
+            if seen is not None and index == 0:
+                seen(batch, logits)
     return [tally.score() for tally in tallies]
 
 

@@ -303,7 +303,7 @@ def test_bad_checkpoints(run: Path, photos: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "not a readable safetensors file" in evaluate(tmp_path / "cut.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    assert "not a classifier saved by cammask train" in evaluate(tmp_path / "other.safetensors")
+    assert "holds no CLIP" in evaluate(tmp_path / "other.safetensors")
     assert "another architecture: image_size 48 instead of 224" in evaluate(best, photos, "--arch", "ViT-B/32")
     make_folder(tmp_path / "cats", {"cat": 1, "dog": 1})
     assert "outside the 2 known classes: cat" in evaluate(best, tmp_path / "cats")

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from cammask_fast.cam import relevance_of
+from cammask_fast.checkpoint import Description, save_classifier
+from cammask_fast.cli import main
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES, render, sample_scenes
 from cammask_fast.data.datasets.texture_digits_splits import evaluation_specifications
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.masking import parse_strategy
-from cammask_fast.model.zero_shot import load_tiny_clip
-from cammask_fast.viz.mask_images import PAPER_STRATEGIES, apply, mask_photographs, other_donors, refuse_unknown_words
+from cammask_fast.model.classifier import Classifier
+from cammask_fast.model.zero_shot import load_tiny_clip, tiny_classifier
+from cammask_fast.viz import mask_images
+from cammask_fast.viz.mask_images import (
+    PAPER_STRATEGIES,
+    Look,
+    apply,
+    look_with_checkpoint,
+    look_with_prompts,
+    mask_photographs,
+    other_donors,
+    refuse_unknown_words,
+)
+from cammask_fast.viz.plots import GalleryRow
+
+
+def tiny(*prompts: str) -> Look:
+    return look_with_prompts("tiny", "tiny", prompts, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +52,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_a_sheet_has_a_row_per_photograph_and_prompt(digits: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "new" / "sheet.png"
     prompts = ["a photo of the number seven.", "the digit two."]
-    mask_photographs(digits[:2], prompts, out=out, arch="tiny", pretrained="tiny")
+    assert mask_photographs(digits[:2], tiny(*prompts), out=out) == [out]
     width, height = Image.open(out).size
     assert width >= 6 * 224
     assert height >= 4 * 224
@@ -39,7 +60,7 @@ def test_a_sheet_has_a_row_per_photograph_and_prompt(digits: list[Path], tmp_pat
 
 @pytest.mark.parametrize("masking", ["RandMaskNoFill(0.75)", "ObjMaskNoFill(top=50%)"])
 def test_one_photograph_needs_no_donor_where_nothing_is_filled(digits: list[Path], tmp_path: Path, masking: str) -> None:
-    mask_photographs(digits[:1], ["a seven."], out=tmp_path / "a.png", arch="tiny", pretrained="tiny", masking=masking)
+    mask_photographs(digits[:1], tiny("a seven."), out=tmp_path / "a.png", masking=masking)
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
@@ -71,8 +92,7 @@ def test_the_tiny_model_says_which_prompts_it_knows() -> None:
 
 def test_missing_donors_and_other_mistakes(digits: list[Path], tmp_path: Path) -> None:
     def sheet(**options: object) -> None:
-        settings = {"out": tmp_path / "a.png", "arch": "tiny", "pretrained": "tiny", **options}
-        mask_photographs(digits[:1], ["a seven."], **settings)  # type: ignore[arg-type]
+        mask_photographs(digits[:1], tiny("a seven."), **{"out": tmp_path / "a.png", **options})  # type: ignore[arg-type]
 
     with pytest.raises(ValueError, match="--donors FOLDER"):
         sheet()
@@ -89,6 +109,100 @@ def test_an_all_zero_cam_is_one_clear_line(digits: list[Path], tmp_path: Path) -
     weights["visual.proj"] = torch.zeros_like(weights["visual.proj"])
     blind = tmp_path / "blind.safetensors"
     save_file(weights, blind)
-    with pytest.raises(ValueError, match="zero everywhere: nothing in the picture raised the score of 'a seven"):
-        mask_photographs(digits, ["a seven."], out=tmp_path / "a.png", arch="tiny", pretrained=str(blind))
+    with pytest.raises(ValueError, match=r"a seven\.' is zero everywhere: nothing in the picture"):
+        mask_photographs(digits, look_with_prompts("tiny", str(blind), ["a seven."], "cpu"), out=tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+# one's own checkpoint, many photographs
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[GalleryRow]]]:
+    """The pages that would be drawn."""
+    pages: list[tuple[str, list[GalleryRow]]] = []
+    monkeypatch.setattr(mask_images, "gallery", lambda path, rows, cell: pages.append((path.name, list(rows))))
+    return pages
+
+
+def checkpoint(path: Path, names: tuple[str, ...]) -> Path:
+    model = tiny_classifier(names)
+    save_classifier(path, model, Description(arch="tiny", vit=model.visual.config, class_names=names))
+    return path
+
+
+Pages = list[tuple[str, list[GalleryRow]]]
+
+
+def test_a_checkpoint_has_rows_of_its_classes(digits: list[Path], tmp_path: Path, drawn: Pages) -> None:
+    own = checkpoint(tmp_path / "run" / "best.safetensors", ("one", "two", "seven"))
+    argv = ["mask", *map(str, digits), "--out", str(tmp_path / "m.png")]
+    assert main([*argv, "--checkpoint", str(own.parent)]) == 0
+    titles = [row.title.split("\n")[1] for _, rows in drawn for row in rows]
+    assert titles == ["one"] * 4 + ["two"] * 4 + ["seven"] * 4
+    drawn.clear()
+    assert main([*argv, "--pretrained", str(own), "--class", "Seven"]) == 0
+    assert [row.title.split("\n")[1] for _, rows in drawn for row in rows] == ["seven"] * 4
+
+
+def test_many_classes_get_the_predicted_one(digits: list[Path], tmp_path: Path, drawn: Pages) -> None:
+    look = look_with_checkpoint(checkpoint(tmp_path / "best.safetensors", CLASS_NAMES), [], "cpu")
+    mask_photographs(digits, look, out=tmp_path / "m.png")
+    shown = [row.title for _, rows in drawn for row in rows]
+    images = torch.stack([mask_images.photograph(path, 48) for path in digits])
+    with torch.no_grad():
+        best = look.model(normalise(images)).logits.argmax(1).tolist()
+    assert shown == [f"{path.name}\n{CLASS_NAMES[label]}" for path, label in zip(digits, best, strict=True)]
+    with pytest.raises(ValueError, match=r"'cow': .* has maps of its own classes only, zero, one"):
+        look_with_checkpoint(tmp_path / "best.safetensors", ["cow"], "cpu")
+    with pytest.raises(ValueError, match="needed with a pre-trained model"):
+        look_with_prompts("tiny", "", [], "cpu")
+
+
+def test_many_photographs_go_in_chunks(
+    digits: list[Path], tmp_path: Path, drawn: Pages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Same maps and masks, few images per graph and per chunk, numbered pages, one line for what cannot be read."""
+    photographs = [*digits, *digits, digits[0]]
+    mask_photographs(photographs, tiny("a seven."), out=tmp_path / "m.png", masking="ObjMaskNoFill(0.3)")
+    ((name, whole),) = drawn
+    drawn.clear()
+    for setting, value in (("CHUNK", 2), ("TOKENS_OF_A_GRAPH", 37), ("ROWS_OF_A_PAGE", 4)):
+        monkeypatch.setattr(mask_images, setting, value)
+    graphs: list[int] = []
+
+    def counted(model: Classifier, images: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
+        graphs.append(len(images))
+        return relevance_of(model, images, *more, **options)
+
+    monkeypatch.setattr("cammask_fast.viz.mask_images.relevance_of", counted)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    written = mask_photographs([*photographs, broken], tiny("a seven."), out=tmp_path / "m.png", masking="ObjMaskNoFill(0.3)")
+    assert name == "m.png"
+    assert [path.name for path in written] == ["m-1.png", "m-2.png", "m-3.png"] == [page for page, _ in drawn]
+    rows = [row for _, page in drawn for row in page]
+    assert set(graphs) == {1}
+    assert [row.title for row in rows] == [row.title for row in whole]
+    for ours, theirs in zip(rows, whole, strict=True):
+        torch.testing.assert_close(ours.cam, theirs.cam, rtol=1e-4, atol=1e-5)
+        assert torch.equal(ours.strategies["object mask, removed"][0], theirs.strategies["object mask, removed"][0])
+    assert f"left out: 1, {broken}" in capsys.readouterr().err
+    drawn.clear()
+    monkeypatch.setattr(mask_images, "CHUNK", 3)  # the last chunk has one photograph, which is filled from the others
+    mask_photographs(digits, tiny("a seven."), out=tmp_path / "m.png", masking="ObjMaskSingleFill(0.3)")
+    assert len(drawn[0][1]) == 4
+    assert all(
+        (row.image != row.strategies["object mask, filled from one image"][1]).any() for _, page in drawn for row in page
+    )
+    with pytest.raises(ValueError, match=r"cannot read the image .*broken\.jpg"):
+        mask_photographs([broken], tiny("a seven."), out=tmp_path / "m.png", masking="ObjMaskNoFill(0.3)")
+
+
+def test_the_first_layer_of_the_rollout(digits: list[Path], tmp_path: Path, drawn: Pages) -> None:
+    argv = ["mask", *map(str, digits[:2]), "--class", "a seven.", "--out", str(tmp_path / "m.png")]
+    for layer in ("0", "3"):
+        assert main([*argv, "--cam-start-layer", layer]) == 0
+    (_, all_layers), (_, last_layer) = drawn
+    assert not torch.allclose(all_layers[0].cam, last_layer[0].cam, atol=0.05)
+    assert main([*argv, "--cam-start-layer", "4"]) == 2

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from cammask_fast.checkpoint import load_classifier
-from cammask_fast.checkpoint.classifier import checkpoint_in
+from cammask_fast.checkpoint.source import find_checkpoint
 from cammask_fast.data.iterables import to_uint8
 from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.kernels.normalise import normalise
@@ -118,9 +118,8 @@ def load(
         ValueError: for an unknown architecture, weights that cannot be had, or a file that is no checkpoint.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = Path(source)
-    if path.exists():
-        classifier, description = load_classifier(checkpoint_in(path))
+    if Path(source).exists():
+        classifier, description = load_classifier(find_checkpoint(source, "source"))
         folders = tuple(description.run.get("class_folders", description.class_names))
         return Model(
             arch=description.arch, classifier=classifier.to(device), class_names=description.class_names,

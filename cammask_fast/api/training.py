@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cammask_fast.api.models import Model
-from cammask_fast.checkpoint.classifier import checkpoint_in
+from cammask_fast.checkpoint.source import find_checkpoint
 from cammask_fast.config import OptimConfig, TrainConfig, options_of
 from cammask_fast.data.factory import DataSubset, folders_of, names_of, open_evaluation, open_training
 from cammask_fast.data.iterables import IterableLoader, to_uint8
@@ -172,7 +172,7 @@ def train_step(
 
 def export(run: str | Path, to: str, out: str | Path, *, pretrained: str = "") -> Exported:
     """Write a run's weights for another tool: `open-clip`, `hf`, `onnx` or `torch-export`; see `cammask export`."""
-    return export_checkpoint(checkpoint_in(Path(run)), to, Path(out), pretrained=pretrained)
+    return export_checkpoint(find_checkpoint(run, "run"), to, Path(out), pretrained=pretrained)
 
 
 def _config(settings: Mapping[str, Any]) -> TrainConfig:

@@ -46,11 +46,6 @@ def save_classifier(path: Path, model: Classifier, description: Description) -> 
         raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def checkpoint_in(run: Path) -> Path:
-    """The best checkpoint of a run folder; a file is returned as it is."""
-    return run / "best.safetensors" if run.is_dir() else run
-
-
 def load_classifier(path: Path, *, expect_vit: ViTConfig | None = None) -> tuple[Classifier, Description]:
     """Read a checkpoint of `save_classifier`.
 

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from cammask_fast.checkpoint import load_classifier
+from cammask_fast.checkpoint import Description, load_classifier
+from cammask_fast.checkpoint.heads import Classes, same_classes_in_order
+from cammask_fast.checkpoint.source import LAST, find_checkpoint, find_model
+from cammask_fast.commands.predictions import write_csv, write_predictions
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, zero_shot_model
 from cammask_fast.config import Precision
 from cammask_fast.data.factory import BENCHMARK, EvaluationSet, folders_of, names_of, open_evaluation
 from cammask_fast.distributed import World, init_distributed
-from cammask_fast.evaluate import Score, evaluate
+from cammask_fast.evaluate import PredictionLog, Score, evaluate
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import vit_config
 from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
 from cammask_fast.progress import score_table
-from cammask_fast.runtime.notices import notice, noticed
+from cammask_fast.runtime.notices import notice, noticed, remark
 from cammask_fast.wise_ft import interpolations
+
+EMPTY: Mapping[str, PredictionLog] = MappingProxyType({})
 
 
 def run_evaluate(args: Options) -> None:
     device = device_of(args)
+    source = find_model(args["checkpoint"], arch=args["arch"] or "", pretrained=args["pretrained"])
+    if source.checkpoint is None:
+        run_zeroshot({**args, "arch": source.arch, "pretrained": source.pretrained})
+        return
+    refuse_with_checkpoint(args, source.checkpoint)
     expected = vit_config(args["arch"]) if args["arch"] else None
-    model, description = load_classifier(args["checkpoint"], expect_vit=expected)
+    model, description = load_classifier(source.checkpoint, expect_vit=expected)
     folders = description.run.get("class_folders", description.class_names)
     with init_distributed(device) as dist_info:
         sets = open_evaluation(
@@ -34,8 +44,7 @@ def run_evaluate(args: Options) -> None:
             loader_config=loader_config_of(args, device, args["out"], dist_info), allow_incomplete=args["allow_incomplete"],
         )  # fmt: skip
         tell_seen(sets, description.run.get("trained_on"))
-        scores = {name: of_set[0] for name, of_set in scores_of([model.to(device)], sets, args).items()}
-        show_scores(scores, sets, args, dist_info)
+        score_and_show(model.to(device), sets, folders, args, dist_info)
 
 
 def run_zeroshot(args: Options) -> None:
@@ -48,14 +57,26 @@ def run_zeroshot(args: Options) -> None:
             loader_config=loader_config_of(args, device, args["out"], dist_info), allow_incomplete=args["allow_incomplete"],
         )  # fmt: skip
         model = zero_shot_model(arch, args["pretrained"], names, args["templates"], device)
-        scores = {name: of_set[0] for name, of_set in scores_of([model], sets, args).items()}
-        show_scores(scores, sets, args, dist_info)
+        score_and_show(model, sets, folders, args, dist_info)
+
+
+def score_and_show(
+    model: Classifier, sets: Mapping[str, EvaluationSet], folders: Sequence[str], args: Options, dist_info: World
+) -> None:
+    """Scores of one model, with its predictions where `--out` wants them. folders: behind the model's logits."""
+    logs = {} if args["out"] is None else {name: PredictionLog(one.groups) for name, one in sets.items()}
+    scores = {name: of_set[0] for name, of_set in scores_of([model], sets, args, logs).items()}
+    predicted = {name: log.result() for name, log in logs.items()}
+    show_scores(scores, sets, args, dist_info)
+    if dist_info.is_main_process and args["out"] is not None:
+        write_predictions(args["out"], sets, predicted, folders)
 
 
 def run_wise_ft(args: Options) -> None:
     device = device_of(args)
-    start, _ = load_classifier(args["start"])
-    end, description = load_classifier(args["end"], expect_vit=start.visual.config)
+    names = alpha_names(args["alphas"])
+    end, description = load_classifier(end_of(args["end"]))
+    start = start_of(args["start"], end, description, device)
     models = interpolations(start.to(device), end.to(device), args["alphas"])
     with init_distributed(device) as dist_info:
         sets = open_evaluation(
@@ -74,19 +95,59 @@ def run_wise_ft(args: Options) -> None:
         curve.append({"alpha": alpha, "accuracy": accuracies, "average": average})
     text = json.dumps(curve, indent=1)
     if args["out"] is not None:
-        for alpha, model in zip(args["alphas"], models, strict=True):
+        for alpha, name, model in zip(args["alphas"], names, models, strict=True):
             run = {**description.run, "validation_accuracy": None, "alpha": alpha}
-            save(args["out"], {f"alpha-{alpha:.2f}": model}, description.arch, description.class_names, run)
+            save(args["out"], {f"alpha-{name}": model}, description.arch, description.class_names, run)
         (args["out"] / "scores.json").write_text(text + "\n", encoding="utf-8")
     if args["json"]:
         print(text)
         return
-    columns = [*sets, label] if len(sets) > 1 else list(sets)
-    print("alpha  " + "  ".join(f"{name:>6}" for name in columns))
-    for row in curve:
+    columns, width = [*sets, label] if len(sets) > 1 else list(sets), max(5, *map(len, names))
+    print(f"{'alpha':{width}}  " + "  ".join(f"{name:>6}" for name in columns))
+    for shown, row in zip(names, curve, strict=True):
         values = [*row["accuracy"].values(), row["average"]]
         cells = [f"{value:{max(6, len(name))}.2f}" for name, value in zip(columns, values, strict=False)]
-        print(f"{row['alpha']:5.2f}  " + "  ".join(cells))
+        print(f"{shown:>{width}}  " + "  ".join(cells))
+
+
+def alpha_names(alphas: Sequence[float]) -> list[str]:
+    """Each alpha with two digits, or with all that it has: 0.50, 0.991. Raises ValueError for one that is given twice."""
+    twice = [alpha for index, alpha in enumerate(alphas) if alpha in alphas[:index]]
+    if twice:
+        raise ValueError(f"--alphas: {twice[0]} is given twice")
+    return [f"{alpha:.2f}" if float(f"{alpha:.2f}") == alpha else str(alpha) for alpha in alphas]
+
+
+def end_of(given: Path) -> Path:
+    """The fine-tuned checkpoint of `--end`: of a run folder its last one, which WiSE-FT takes."""
+    if given.is_dir() and (given / LAST).is_file():
+        remark(f"--end {given}: its {LAST}, as in the paper of WiSE-FT; name a file to take another one")
+        return given / LAST
+    return find_checkpoint(given, "--end")
+
+
+def start_of(given: str | None, end: Classifier, description: Description, device: str) -> Classifier:
+    """The zero-shot classifier of `--start`, its head in the order of the other end's.
+
+    given: a run folder or checkpoint, or the name of a pre-trained model; None: the one that the other end's run began from.
+    """
+    classes, said = Classes.of(description), given or description.arch
+    source = find_model(given, arch="") if given else None
+    if source is None or source.checkpoint is None:
+        arch = source.arch if source else description.arch
+        if vit_config(arch) != description.vit:
+            raise ValueError(f"--start {said} is of another architecture than --end, {description.arch}")
+        pretrained = "" if source else description.run.get("pretrained") or ""
+        return zero_shot_model(arch, pretrained, classes.names, None, device)
+    start, own = load_classifier(source.checkpoint, expect_vit=end.visual.config)
+    return same_classes_in_order(start, Classes.of(own), classes, f"--start {said} has the classes of --end")
+
+
+def refuse_with_checkpoint(args: Options, checkpoint: Path) -> None:
+    """Raise ValueError for options of a pre-trained model's head, which a checkpoint brings with it."""
+    for name in ("pretrained", "class_names", "classes", "templates"):
+        if args.get(name):
+            raise ValueError(f"--{name.replace('_', '-')}: {checkpoint} brings its own head and classes")
 
 
 def tell_seen(sets: Mapping[str, EvaluationSet], trained_on: str | None) -> None:
@@ -96,14 +157,18 @@ def tell_seen(sets: Mapping[str, EvaluationSet], trained_on: str | None) -> None
             notice(f"{name}: the model was trained on images of this set, so its accuracy there says little about new images")
 
 
-def scores_of(models: Sequence[Classifier], sets: Mapping[str, EvaluationSet], args: Options) -> dict[str, list[Score]]:
-    """A score per model on every set, in the precision asked for; each set is read once."""
+def scores_of(
+    models: Sequence[Classifier], sets: Mapping[str, EvaluationSet], args: Options, logs: Mapping[str, PredictionLog] = EMPTY
+) -> dict[str, list[Score]]:
+    """A score per model on every set, in the precision asked for; each set is read once. logs: of the first model, by set."""
     device: str = device_of(args)
     precision: Precision = args["precision"] or "auto"
     set_matmul_precision(resolve(precision, device))
     models = [model.stored_in(compute_dtype(precision, model.head.weight)) for model in models]
     return {
-        name: evaluate(models, one.loader, groups=one.groups, classes=len(one.class_folders), device=device)
+        name: evaluate(
+            models, one.loader, groups=one.groups, classes=len(one.class_folders), device=device, seen=logs.get(name)
+        )
         for name, one in sets.items()
     }
 
@@ -144,8 +209,4 @@ def write_scores(folder: Path, text: str, rows: Sequence[Mapping[str, Any]]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
     numbers = ("data", "images", "classes", "accuracy", "top5", "calibration_error")
-    with (folder / "scores.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows([numbers, *([row[name] for name in numbers] for row in rows)])
-    with (folder / "per_class.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        of_class = [(row["data"], name, value) for row in rows for name, value in row["per_class"].items() if value is not None]
-        csv.writer(file).writerows([("data", "class", "accuracy"), *of_class])
+    write_csv(folder / "scores.csv", numbers, ([row[name] for name in numbers] for row in rows))

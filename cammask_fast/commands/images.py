@@ -5,23 +5,39 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from cammask_fast.checkpoint.source import ModelSource, find_model, is_own
 from cammask_fast.commands.shared import Options, device_of, max_bad_of
 from cammask_fast.data.datasets.image_folder import scan
 from cammask_fast.data.factory import preview_rows
+from cammask_fast.data.files import photographs_of
 from cammask_fast.data.layout import find_splits
 from cammask_fast.data.loaders.config import REPORT
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.pack import pack
-from cammask_fast.viz.mask_images import mask_photographs
+from cammask_fast.runtime.notices import remark
+from cammask_fast.viz.mask_images import look_with_checkpoint, look_with_prompts, mask_photographs
 from cammask_fast.viz.plots import contact_sheet
 
 
 def run_mask(args: Options) -> None:
-    mask_photographs(
-        args["images"], args["prompts"], out=args["out"], arch=args["arch"] or "tiny", pretrained=args["pretrained"],
-        donors=args["donors"], masking=args["masking"], cam=args["cam"], seed=args["seed"], device=device_of(args),
+    device, prompts, arch = device_of(args), args["prompts"] or [], args["arch"] or ""
+    if not args["checkpoint"] and args["pretrained"] and is_own(args["pretrained"]):
+        remark(f"--pretrained {args['pretrained']} is a checkpoint of cammask train: taken as --checkpoint")
+        args = {**args, "checkpoint": args["pretrained"], "pretrained": ""}
+    if args["checkpoint"]:
+        source = find_model(args["checkpoint"], arch=arch, pretrained=args["pretrained"])
+    else:
+        source = ModelSource(arch=arch or "tiny", pretrained=args["pretrained"])
+    if source.checkpoint is None:
+        look = look_with_prompts(source.arch, source.pretrained, prompts, device)
+    else:
+        look = look_with_checkpoint(source.checkpoint, prompts, device)
+    written = mask_photographs(
+        photographs_of(args["images"]), look, out=args["out"], donors=args["donors"], masking=args["masking"],
+        cam=args["cam"], cam_start_layer=args["cam_start_layer"], seed=args["seed"],
     )  # fmt: skip
-    print(f"written to {args['out']}")
+    pages = f"{written[0]} to {written[-1].name} ({len(written)} pages)" if len(written) > 1 else written[0]
+    print(f"written to {pages}")
 
 
 def run_preview(args: Options) -> None:

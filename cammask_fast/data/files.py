@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
+from glob import glob, has_magic
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,6 +106,38 @@ def images_in(folder: Path) -> list[Path]:
     if not found:
         raise ValueError(f"no images in {folder}: expected a folder with {', '.join(SUFFIXES)} files")
     return [folder / name for name in found]
+
+
+def photographs_of(given: Sequence[str | Path]) -> list[Path]:
+    """Files, folders (all images below, links not followed) and patterns as one list of files, each once, in the order given.
+
+    What is ignored in folders is told. Raises ValueError for what names no image.
+    """
+    found: dict[Path, None] = {}
+    for one in map(Path, given):
+        if one.is_dir():
+            inside = _below(one)
+            if not inside:
+                raise ValueError(f"no images in {one}: expected a folder with {', '.join(SUFFIXES)} files")
+        elif one.exists() or not has_magic(str(one)):
+            inside = [one]  # one that is missing cannot be read, which is said there
+        else:
+            inside = [Path(name) for name in sorted(glob(str(one), recursive=True)) if not Path(name).is_dir()]
+            if not inside:
+                raise ValueError(f"no files match {one}")
+        found |= dict.fromkeys(inside)
+    return list(found)
+
+
+def _below(folder: Path) -> list[Path]:
+    """Images anywhere below a folder, sorted."""
+    ignored, found = Ignored(), []
+    for place, folders, _ in os.walk(folder):
+        names = listing(Path(place), ignored)
+        folders[:] = names.folders
+        found += [Path(place, name) for name in names.images]
+    ignored.tell(str(folder))
+    return sorted(found)
 
 
 def count_images_below(folder: Path) -> int:

@@ -6,26 +6,40 @@ logit of the true label alone: other prompts do not enter, so one prompt is enou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cammask_fast.cam import relevance_of
+from cammask_fast.checkpoint import load_classifier
+from cammask_fast.checkpoint.heads import Classes, matching_rows
+from cammask_fast.data.class_names import some
 from cammask_fast.data.datasets.texture_digits import BACKGROUNDS, CLASS_NAMES, TEMPLATES
 from cammask_fast.data.files import images_in
 from cammask_fast.data.loaders.torch_loader import UNREADABLE, error_reason
 from cammask_fast.data.transforms import Transform, decode
+from cammask_fast.kernels.normalise import normalise
 from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.masking import MaskRandomness, Strategy, counterfactual, parse_strategy, sample_mask_randomness
+from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import load_pretrained
 from cammask_fast.model.tiny_clip import tokenizer
+from cammask_fast.runtime.notices import notice
 from cammask_fast.viz.plots import GalleryRow, gallery
 
 PAPER_STRATEGIES = ("ObjMaskSingleFill(0.3)", "CtxMaskSingleFill(0.5)")
 REMOVED = 255
 MAX_DONORS = 64
+CHUNK = 64
+"""Photographs in memory at a time."""
+TOKENS_OF_A_GRAPH = 4096
+"""Tokens whose activations the graph of a map holds at a time: 81 images of ViT-B/32, 7 of ViT-L/14 at 336 pixels."""
+ROWS_OF_A_PAGE = 32
+MOST_CLASSES = 6
+"""A checkpoint with more classes gets one row per photograph unless classes are named."""
 
 
 def photograph(path: Path, size: int) -> Tensor:
@@ -36,60 +50,205 @@ def photograph(path: Path, size: int) -> Tensor:
         raise ValueError(f"cannot read the image {path} ({error_reason(error)}): remove or replace it") from None
 
 
+class Look(NamedTuple):
+    """A model and the rows that each photograph gets."""
+
+    model: Classifier
+    names: tuple[str, ...]
+    """What the logits stand for."""
+    rows: tuple[int | None, ...]
+    """A logit per row; None: that of the class for which the model takes the photograph."""
+
+    def labels(self, images: Tensor, row: int | None) -> Tensor:
+        """int64 (N,), the logit of every image of a row. images: uint8 (N, S, S, 3)."""
+        if row is not None:
+            return torch.full((len(images),), row)
+        with torch.no_grad():
+            device = self.model.head.weight.device
+            return torch.cat([self.model(normalise(part.to(device))).logits.argmax(1).cpu() for part in self.parts(images)])
+
+    def maps(self, images: Tensor, labels: Tensor, cam: str, start_layer: int) -> Tensor:
+        """float32 (N, P) on the CPU, at the images' labels, a few images per graph."""
+        device = self.model.head.weight.device
+        pairs = zip(self.parts(images), self.parts(labels), strict=True)
+        found = [relevance_of(self.model, i.to(device), n.to(device), cam, start_layer=start_layer).cpu() for i, n in pairs]
+        return torch.cat(found)
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Pieces of about `TOKENS_OF_A_GRAPH` tokens."""
+        return tensor.split(max(1, TOKENS_OF_A_GRAPH // (self.model.visual.config.patches + 1)))
+
+
+def look_with_prompts(arch: str, pretrained: str, prompts: Sequence[str], device: str) -> Look:
+    """A pre-trained model and any text. Raises ValueError for prompts that the tiny model never saw."""
+    if not prompts:
+        raise ValueError("--class PROMPT: needed with a pre-trained model; a run or checkpoint has classes of its own")
+    if arch == "tiny":
+        refuse_unknown_words(prompts)
+    model = load_pretrained(arch, pretrained).classifier(prompts, ("{}",)).to(device)
+    return Look(model, tuple(prompts), tuple(range(len(prompts))))
+
+
+def look_with_checkpoint(checkpoint: Path, prompts: Sequence[str], device: str) -> Look:
+    """A checkpoint of `cammask train` and its own classes, see `mask_photographs`. Raises ValueError for unknown ones."""
+    model, description = load_classifier(checkpoint)
+    classes = Classes.of(description)
+    if prompts:
+        rows = matching_rows(Classes(tuple(prompts), tuple(prompts)), classes)
+        unknown = [prompt for prompt, row in zip(prompts, rows, strict=True) if row is None]
+        if unknown:
+            raise ValueError(
+                f"--class {unknown[0]!r}: {checkpoint} has maps of its own classes only, {some(classes.names)}; a pre-trained "
+                "model (--arch) takes any text"
+            )
+        return Look(model.to(device), classes.names, tuple(rows))
+    several = len(classes.names) > MOST_CLASSES
+    return Look(model.to(device), classes.names, (None,) if several else tuple(range(len(classes.names))))
+
+
 def mask_photographs(
     photographs: Sequence[Path],
-    prompts: Sequence[str],
+    look: Look,
     *,
     out: Path,
-    arch: str,
-    pretrained: str,
     donors: Path | None = None,
     masking: str = "",
     cam: str = "mm-cam",
+    cam_start_layer: int = 0,
     seed: int = 0,
-    device: str = "cpu",
-) -> None:
+) -> list[Path]:
     """Write a PNG with a row per photograph and prompt: the image, its CAM, and each strategy's mask and counterfactual.
 
-    masking: one strategy under the paper's name; empty: object and context with the paper's single-fill. donors: a folder with
-    images to fill from; None: the other photographs. Images are resized and cropped as for the model. Raises ValueError on
-    images that cannot be read, prompts that the tiny model never saw, a missing donor, and a CAM that is zero everywhere.
+    Photographs are read and drawn in chunks, so that memory does not grow with their number. Those that cannot be read, and
+    maps that are zero everywhere, are left out with a notice.
+
+    Args:
+        photographs: files; resized and cropped as for the model.
+        look: the model, and the rows of each photograph.
+        out: the PNG; for more than `ROWS_OF_A_PAGE` rows several, with numbers before the suffix.
+        donors: folder with images to fill from, of which `MAX_DONORS` are taken; None: the other photographs.
+        masking: one strategy under the paper's name; empty: object and context with the paper's single-fill.
+        cam: `mm-cam` or `grad-cam`.
+        cam_start_layer: first layer of MM-CAM's rollout.
+        seed: of the donors.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: nothing can be drawn, a missing donor, weights that are damaged.
     """
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out: expected a .png file, got {out}")
     strategies = [parse_strategy(name) for name in ([masking] if masking else PAPER_STRATEGIES)]
-    if arch == "tiny":
-        refuse_unknown_words(prompts)
-    clip = load_pretrained(arch, pretrained)
-    model = clip.classifier(prompts, ("{}",)).to(device)
-    size, grid = model.visual.config.image_size, model.visual.config.grid
-    images = torch.stack([photograph(path, size) for path in photographs])
-    pool = images
-    if donors is not None:
-        pool = torch.cat([images, *(photograph(path, size)[None] for path in images_in(donors)[:MAX_DONORS])])
-    elif len(images) < 2 and any(strategy.fill != "none" for strategy in strategies):
+    size = look.model.visual.config.image_size
+    if donors is None and len(photographs) < 2 and any(strategy.fill != "none" for strategy in strategies):
         raise ValueError(
             "one photograph has nothing to fill from: give --donors FOLDER, more photographs, or a NoFill --masking"
         )
-    rows = []
-    for label, prompt in enumerate(prompts):
-        labels = torch.full((len(images),), label, device=device)
-        relevance = relevance_of(model, images.to(device), labels, cam).cpu()
-        if not relevance.isfinite().all():
-            raise ValueError(f"the CAM for {prompt!r} is not finite: the weights are damaged")
-        dark = [path.name for path, row in zip(photographs, relevance, strict=True) if not row.any()]
-        if dark:
-            raise ValueError(f"the CAM of {dark[0]} is zero everywhere: nothing in the picture raised the score of {prompt!r}")
-        columns = {}
-        for strategy in strategies:
-            generator = torch.Generator().manual_seed(seed)
-            columns[_title(strategy)] = apply(strategy, pool, len(images), relevance, generator, grid=grid)
-        for i, path in enumerate(photographs):
-            made = {name: (mask[i], filled[i]) for name, (mask, filled) in columns.items()}
-            shown = normalise_relevance(relevance)[i].view(grid, grid)
-            rows.append(GalleryRow(f"{path.name}\n{prompt}", images[i], shown, made))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    gallery(out, rows, cell=2.4)
+    given = [] if donors is None else readable(images_in(donors)[:MAX_DONORS], size)
+    if not any(image is not None for image in given) and donors is not None:
+        raise ValueError(f"no image in {donors} can be read")
+    pages, dark, unread = Pages(out, len(photographs) * len(look.rows)), list[str](), list[str]()
+    for place in range(0, len(photographs), CHUNK):
+        paths = list(photographs[place : place + CHUNK])
+        others = [] if donors is not None or len(photographs) <= CHUNK else _away_from(place, photographs)
+        found = list(zip(paths, readable(paths, size), strict=True))
+        unread += [str(path) for path, image in found if image is None]
+        decoded = [(path, image) for path, image in found if image is not None]
+        if not decoded:
+            continue
+        more = [image for image in given or readable(others, size) if image is not None]
+        images = torch.stack([image for _, image in decoded])
+        pool = torch.cat([images, *(image[None] for image in more)])
+        if len(pool) < 2 and any(strategy.fill != "none" for strategy in strategies):
+            raise ValueError("only one photograph can be read, and nothing is there to fill from: give --donors FOLDER")
+        for row in look.rows:
+            labels = look.labels(images, row)
+            titles = [f"{path.name}\n{look.names[label]}" for (path, _), label in zip(decoded, labels.tolist(), strict=True)]
+            for line in _rows(look, titles, images, pool, labels, strategies, (cam, cam_start_layer, seed)):
+                if line.cam.any():
+                    pages.add(line)
+                else:
+                    dark.append(line.title.replace("\n", " for "))
+    if unread and len(unread) == len(photographs):
+        photograph(photographs[0], size)  # says why
+    if dark and not pages.drawn:
+        raise ValueError(f"the CAM of {dark[0]!r} is zero everywhere: nothing in the picture raised the score")
+    if unread:
+        notice(f"photographs that cannot be read and were left out: {len(unread)}, {some(unread, 3)}")
+    if dark:
+        notice(f"maps that are zero everywhere and were left out: {len(dark)}, {some(dark, 3)}")
+    return pages.finish()
+
+
+def readable(paths: Sequence[Path], size: int) -> list[Tensor | None]:
+    """The photographs, None for those that cannot be read."""
+    found: list[Tensor | None] = []
+    for path in paths:
+        try:
+            found.append(photograph(path, size))
+        except ValueError:
+            found.append(None)
+    return found
+
+
+def _away_from(place: int, photographs: Sequence[Path]) -> list[Path]:
+    """Some photographs outside the chunk that begins at `place`, to fill from."""
+    outside = [*photographs[:place], *photographs[place + CHUNK :]]
+    return outside[:: -(-len(outside) // MAX_DONORS)]
+
+
+def _rows(
+    look: Look, titles: Sequence[str], images: Tensor, pool: Tensor, labels: Tensor, strategies: Sequence[Strategy],
+    options: tuple[str, int, int],
+) -> Iterator[GalleryRow]:  # fmt: skip
+    """The rows of a chunk. images: uint8 (N, S, S, 3), the first of the pool. options: CAM, its first layer, seed."""
+    (cam, start_layer, seed), grid = options, look.model.visual.config.grid
+    relevance = look.maps(images, labels, cam, start_layer)
+    if not relevance.isfinite().all():
+        raise ValueError(f"the CAM of {titles[0]!r} is not finite: the weights are damaged")
+    columns = {}
+    for strategy in strategies:
+        generator = torch.Generator().manual_seed(seed)
+        columns[_title(strategy)] = apply(strategy, pool, len(images), relevance, generator, grid=grid)
+    for i, title in enumerate(titles):
+        made = {name: (mask[i], filled[i]) for name, (mask, filled) in columns.items()}
+        yield GalleryRow(title, images[i], normalise_relevance(relevance)[i].view(grid, grid), made)
+
+
+class Pages:
+    """Rows as one picture, or as numbered ones of `ROWS_OF_A_PAGE` rows each."""
+
+    def __init__(self, out: Path, most: int):
+        """most: rows that may come."""
+        self.out, self.count = out, -(-most // ROWS_OF_A_PAGE)
+        self.rows: list[GalleryRow] = []
+        self.written: list[Path] = []
+
+    @property
+    def drawn(self) -> bool:
+        return bool(self.rows or self.written)
+
+    def add(self, row: GalleryRow) -> None:
+        """Add a row; writes a page that is full."""
+        self.rows.append(row)
+        if len(self.rows) == ROWS_OF_A_PAGE:
+            self._write()
+
+    def finish(self) -> list[Path]:
+        """Write what is left; returns all files."""
+        if self.rows:
+            self._write()
+        return self.written
+
+    def _write(self) -> None:
+        number = f"-{len(self.written) + 1:0{len(str(self.count))}d}" if self.count > 1 else ""
+        path = self.out.with_stem(self.out.stem + number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        gallery(path, self.rows, cell=2.4)
+        self.rows = []
+        self.written.append(path)
 
 
 def apply(
