@@ -30,6 +30,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong command line as a ValueError."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise the error as ValueError, which `main` reports in one line."""
         if message.startswith("unrecognized arguments") and ".tar" in message:
             message += "; a pattern of shards goes in quotes: --data 'FOLDER/*.tar'"
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -109,6 +110,7 @@ def _of_the_world(error: RuntimeError) -> str:
 
 
 def build_parser() -> Parser:
+    """The command line: every command and option."""
     parser = Parser(
         prog="cammask", description="Robust fine-tuning of CLIP with counterfactual masked images.", allow_abbrev=False
     )

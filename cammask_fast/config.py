@@ -24,6 +24,9 @@ def option(default: Any, help: str, *, metavar: str | None = None, bare: str | N
         help: one or two sentences, shown by `cammask train --help`; `%` need not be escaped.
         metavar: what the help shows in the place of a value (default: the choices of a Literal, else the name).
         bare: the value that the option stands for without one; None: it needs one.
+
+    Returns:
+        A field of a dataclass.
     """
     return field(default=default, metadata={"help": help, "metavar": metavar, "bare": bare})
 
@@ -173,6 +176,7 @@ class TrainConfig:
         return replace(base, masking=masking, distill=distill)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name, those of `optim` in a dictionary of their own."""
         return asdict(self)
 
     @classmethod

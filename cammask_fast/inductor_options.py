@@ -36,6 +36,7 @@ class MergeEqualNodes(CustomGraphPass):
                 graph.erase_node(node)
 
     def uuid(self) -> Any:
+        """Identifies the pass in the compiler's cache."""
         return get_hash_for_files((__file__,))
 
 

@@ -74,6 +74,9 @@ def operator_table(events: Iterable[Any], clock: str, *, steps: int) -> str:
         events: averages of torch.profiler.
         clock: `cpu`, or `device` for the time of the kernels that an operator starts.
         steps: over which the events go.
+
+    Returns:
+        The table.
     """
     own = {
         event.key: (getattr(event, f"self_{clock}_time_total") / 1e3 / steps, event.count / steps)

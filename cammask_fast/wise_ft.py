@@ -8,10 +8,18 @@ from cammask_fast.model.classifier import Classifier, interpolate
 
 
 def interpolations(start: Classifier, end: Classifier, alphas: Iterable[float]) -> list[Classifier]:
-    """A model per alpha with the weights (1 - alpha) * start + alpha * end, head included.
+    """Interpolated models: weights (1 - alpha) * start + alpha * end, the head included.
 
-    start: the zero-shot classifier. end: its fine-tuned version. Raises ValueError for an alpha outside [0, 1] or classifiers
-    of different architectures or classes.
+    Args:
+        start: the zero-shot classifier.
+        end: its fine-tuned version.
+        alphas: in [0, 1].
+
+    Returns:
+        A model per alpha.
+
+    Raises:
+        ValueError: for an alpha outside [0, 1], or classifiers of different architectures or classes.
     """
     alphas = list(alphas)
     for alpha in alphas:

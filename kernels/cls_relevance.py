@@ -389,7 +389,7 @@ def cls_relevance_flops(
         v_shape: (N, A, L, d).
         grad_shape: shaped like q.
         lse_shape: (N, A, rows), or None.
-        _: what PyTorch's counter passes besides.
+        **_: what PyTorch's counter passes besides.
 
     Returns:
         The number of operations.

@@ -42,6 +42,9 @@ def cam(model: Model, images: Any, prompts: str | Sequence[str], *, kind: str = 
         kind: `mm-cam` or `grad-cam`.
         start_layer: first layer of MM-CAM's rollout.
 
+    Returns:
+        The images at the model's size and their maps, on the CPU.
+
     Raises:
         ValueError: for an unknown map, a prompt that a fine-tuned model has no class for, or images that cannot be read.
     """
@@ -64,6 +67,7 @@ class Counterfactuals:
     masks: Tensor
 
     def pictures(self) -> list[Image.Image]:
+        """The images as PIL images."""
         return [Image.fromarray(image.numpy()) for image in self.images]
 
 
@@ -83,10 +87,13 @@ def counterfactual(
         model: as for `cam`.
         images: as for `cam`.
         prompts: as for `cam`.
-        kind: as for `cam`.
         masking: a strategy under the paper's name.
         donors: images to fill from beside the given ones; needed when there is only one.
+        kind: as for `cam`.
         seed: of the donors.
+
+    Returns:
+        The counterfactuals of the given images and their masks, on the CPU.
 
     Raises:
         ValueError: as `cam`, for an unknown strategy, and without anything to fill from.

@@ -39,6 +39,7 @@ class Model:
 
     @property
     def image_size(self) -> int:
+        """Pixels per side of the model's input."""
         return self.visual.config.image_size
 
     @property
@@ -72,6 +73,7 @@ class Model:
         return self.clip
 
     def with_head(self) -> Classifier:
+        """The classifier. Raises ValueError while the model has no classes."""
         if self.classifier is None:
             raise ValueError('this model has no classes yet: cf.load("…", classes=["cat", "dog"]) or model.with_classes([...])')
         return self.classifier
@@ -113,6 +115,9 @@ def load(
         classes: class names of the zero-shot head; may come later, with the data.
         templates: prompt templates with one `{}` (default: the model's own).
         device: `cpu` or `cuda` (default: cuda where there is one).
+
+    Returns:
+        The model on its device.
 
     Raises:
         ValueError: for an unknown architecture, weights that cannot be had, or a file that is no checkpoint.

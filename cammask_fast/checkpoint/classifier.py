@@ -30,7 +30,16 @@ class Description:
 
 
 def save_classifier(path: Path, model: Classifier, description: Description) -> None:
-    """Write to a temporary name and rename, so that a reader never sees half a file. Raises ValueError when it cannot."""
+    """Write a classifier as safetensors, to a temporary name first, so that a reader never sees half a file.
+
+    Args:
+        path: of the file; its folder is created.
+        model: its weights, which are copied to the CPU.
+        description: architecture, class names and run, stored in the header.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     header = {
         "format": "cammask-classifier-1",
         "arch": description.arch,
@@ -76,7 +85,16 @@ def load_classifier(path: Path, *, expect_vit: ViTConfig | None = None) -> tuple
 
 
 def describe_run(config: Mapping[str, Any], validation: float | None, class_names: Sequence[str]) -> dict[str, Any]:
-    """The `run` field of a description: settings, versions and the validation accuracy in percent."""
+    """The `run` field of a description.
+
+    Args:
+        config: settings of the run.
+        validation: accuracy on the validation images in percent, None without any.
+        class_names: of the head.
+
+    Returns:
+        Settings, versions and accuracy, for JSON.
+    """
     return {
         "config": dict(config),
         "validation_accuracy": validation,

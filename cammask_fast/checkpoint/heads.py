@@ -22,6 +22,7 @@ class Classes(NamedTuple):
 
     @classmethod
     def of(cls, description: Description) -> Classes:
+        """The classes of a checkpoint; without folders of its own, those are the names."""
         return cls(description.class_names, tuple(description.run.get("class_folders", description.class_names)))
 
 
@@ -52,13 +53,17 @@ def matching_rows(wanted: Classes, known: Classes) -> list[int | None]:
 
 
 def same_classes_in_order(model: Classifier, own: Classes, wanted: Classes, who: str) -> Classifier:
-    """The model with its head's rows in another head's order.
+    """Put the rows of a model's head into another head's order.
 
     Args:
         model: changed in place.
         own: its classes.
         wanted: those of the other head.
         who: words for the error: `START has …, END has …`.
+
+    Returns:
+        The model.
+
     Raises:
         ValueError: naming the classes that only one of them has.
     """
@@ -85,9 +90,13 @@ def head_for(tuned: Classifier, own: Classes, wanted: Classes, zero_shot: Tensor
         tuned: the classifier to start from; it is not changed.
         own: its classes.
         wanted: those of the new head.
-        zero_shot: float (K, E), the wanted classes' zero-shot weights, for classes that `tuned` does not have; None where there
-            are none to be had.
+        zero_shot: float (K, E), the wanted classes' zero-shot weights, for classes that `tuned` does not have; None where they
+            cannot be had.
         who: words for lines and errors.
+
+    Returns:
+        A new classifier; rows of classes that `tuned` knows are its own, the others zero-shot.
+
     Raises:
         ValueError: where a class has no weights.
     """

@@ -29,12 +29,16 @@ class ModelSource:
 
 
 def find_model(given: str | Path, *, arch: str = "", pretrained: str = "") -> ModelSource:
-    """The one reading of "a run folder, a checkpoint or a pre-trained name".
+    """Find out what a command line names: a run folder, a checkpoint or a pre-trained CLIP.
 
     Args:
         given: a run folder (its best checkpoint), a checkpoint, a file or folder with a CLIP's weights, or an architecture.
         arch: of weights from elsewhere, which do not name theirs; of a checkpoint the one that is expected.
         pretrained: weights of an architecture (default: its own).
+
+    Returns:
+        Where the model is.
+
     Raises:
         ValueError: one line with what was found instead and what to do.
     """

@@ -115,7 +115,18 @@ class Checkpoints:
 def write_checkpoint(
     folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    """Fill an empty folder. Raises OSError or SafetensorError when it cannot be written."""
+    """Write a checkpoint into an empty folder and sync it to disk.
+
+    Args:
+        folder: exists and is empty.
+        tensors: by name.
+        metadata: of the state, JSON values.
+        settings: of the run, JSON values; a resumed run must have the same.
+
+    Raises:
+        OSError: the folder cannot be written.
+        SafetensorError: the tensors cannot be written.
+    """
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / TENSORS)
     with (folder / TENSORS).open("rb") as file:
         os.fsync(file.fileno())

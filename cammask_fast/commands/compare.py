@@ -41,6 +41,7 @@ class Table(NamedTuple):
 
 
 def run_compare(args: Options) -> None:
+    """Run `cammask compare`: print tables of several runs, or write them as a page."""
     runs = [(path, read_run(path)) for path in args["runs"]]
     groups = grouped(runs)
     tables = [accuracy_table(groups), *paired_tables(groups), settings_table(groups)]
@@ -100,6 +101,7 @@ def sets(groups: Sequence[Group]) -> list[str]:
 
 
 def accuracy_table(groups: Sequence[Group]) -> Table:
+    """Mean accuracy and deviation by group of runs and evaluation set."""
     names, rows = sets(groups), []
     for group in groups:
         before = [record["zero_shot"][ID] for record in group.records.values() if ID in record.get("zero_shot", {})]

@@ -58,6 +58,7 @@ def run_doctor(args: Options) -> int:
 
 
 def versions() -> Finding:
+    """Versions of the installed packages that matter."""
     found = []
     for package in PACKAGES:
         try:
@@ -68,10 +69,12 @@ def versions() -> Finding:
 
 
 def processor() -> Finding:
+    """Name of the CPU and number of threads."""
     return Finding("processor", "ok", f"{cpu_name()}, {torch.get_num_threads()} threads")
 
 
 def gpu() -> Finding:
+    """Whether PyTorch can use a GPU, and which."""
     if not torch.version.cuda:
         return Finding("GPU", "note", "this PyTorch was built without CUDA: everything runs on the CPU")
     if not torch.cuda.is_available():
@@ -116,6 +119,7 @@ def interpreted_self_test() -> dict[str, float]:
 
 
 def dali() -> Finding:
+    """Whether NVIDIA DALI can be loaded."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         extra = "dali-cuda13" if (torch.version.cuda or "13").startswith("13") else "dali-cuda12"
         return Finding("DALI", "note", f"not installed, images are loaded with PyTorch: pip install 'cammask-fast[{extra}]'")
@@ -127,6 +131,7 @@ def dali() -> Finding:
 
 
 def compiler() -> Finding:
+    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
     found = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
     if found is None:
         return Finding("C++ compiler", "note", "none found: --compile needs one (Debian: apt-get install g++)")
@@ -134,6 +139,7 @@ def compiler() -> Finding:
 
 
 def defaults() -> Finding:
+    """Device, precision, step and loader that a run takes here by default."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loader = "DALI" if LoaderConfig(device=device).uses_dali else "PyTorch"
     compiled = "one compiled graph" if device == "cuda" else "eager"

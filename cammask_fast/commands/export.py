@@ -10,6 +10,7 @@ from cammask_fast.export import export
 
 
 def run_export(args: Options) -> None:
+    """Run `cammask export`."""
     run: Path = args["run"]
     folder = args["out"] or Path(f"{run if run.is_dir() else run.with_suffix('')}-{args['to']}")
     written = export(find_checkpoint(run, "RUN"), args["to"], folder, pretrained=args["pretrained"])

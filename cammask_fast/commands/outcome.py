@@ -29,6 +29,9 @@ def alarms(
         skipped: steps whose loss or gradient was not finite.
         steps: of the run.
         started_from: words for what the run started from.
+
+    Returns:
+        The sentences; none for a run that went well.
     """
     found = []
     if before is not None and after is not None and after <= before:
@@ -53,7 +56,19 @@ def validated(before: float | None, after: float | None) -> str:
 def report(
     out: Path, record: Mapping[str, Any], zero_shot: Classifier, best: Classifier, data: TrainingData, config: TrainConfig
 ) -> list[str]:
-    """Print the alarms of a run and write its report; returns the alarms. A report that cannot be made never costs the run."""
+    """Print the alarms of a run and write its report. A report that cannot be made never costs the run.
+
+    Args:
+        out: folder of the run.
+        record: what `run.json` holds.
+        zero_shot: the model before training.
+        best: the best checkpoint.
+        data: loaders and classes of the run.
+        config: settings of the run.
+
+    Returns:
+        The alarms.
+    """
     started, after = (record[name].get("validation") for name in ("start" if "init" in record else "zero_shot", "accuracy"))
     name = record.get("init", "the zero-shot model")
     said = alarms(started, after, started_from=name, skipped=record["skipped_steps"], steps=config.epochs * len(data.train))

@@ -8,6 +8,7 @@ from cammask_fast.config import TrainConfig, load_recipe, recipe_names
 
 
 def run_recipes(_args: dict[str, Any]) -> None:
+    """Run `cammask recipes`: list them with architecture, method and masking."""
     for name in recipe_names():
         recipe = load_recipe(name)
         config = TrainConfig.from_dict(recipe["train"])

@@ -21,13 +21,24 @@ Options = dict[str, Any]
 
 
 def device_of(args: Options) -> str:
+    """The device that was asked for, or by default a GPU where there is one. Raises ValueError for a missing GPU."""
     if args["device"] == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     return args["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def loader_config_of(args: Options, device: str, folder: Path | None, world: World | None = None) -> LoaderConfig:
-    """The loaders' options; `folder` gets the list of unreadable images, of which --strict allows none."""
+    """The loader's options.
+
+    Args:
+        args: options of the command line.
+        device: `cpu` or `cuda`.
+        folder: gets the list of unreadable images; None: the working directory.
+        world: rank and number of processes; None: one process.
+
+    Returns:
+        The settings of every loader of a command.
+    """
     world = world or World()
     return LoaderConfig(
         kind=args["loader"], workers=args["workers"], max_bad=max_bad_of(args), report=(folder or Path()) / REPORT,
@@ -38,16 +49,43 @@ def loader_config_of(args: Options, device: str, folder: Path | None, world: Wor
 
 
 def max_bad_of(args: Options) -> float:
+    """Largest share of unreadable images; none with `--strict`."""
     return 0.0 if args.get("strict") else args["max_bad"]
 
 
 def zero_shot_model(arch: str, pretrained: str, class_names: Sequence[str], templates: Path | None, device: str) -> Classifier:
+    """A pre-trained CLIP as a zero-shot classifier.
+
+    Args:
+        arch: name of the architecture.
+        pretrained: weights; empty: the architecture's own.
+        class_names: K names.
+        templates: file of prompt templates; None: the model's own.
+        device: of the result.
+
+    Returns:
+        The classifier on its device.
+
+    Raises:
+        ValueError: for weights or templates that cannot be read.
+    """
     chosen = () if templates is None else read_templates(templates)
     return load_pretrained(arch, pretrained).classifier(class_names, chosen).to(device)
 
 
 def save(folder: Path, models: Mapping[str, Classifier], arch: str, class_names: Sequence[str], run: Options) -> None:
-    """Write `folder`/NAME.safetensors for every model."""
+    """Write `folder`/NAME.safetensors for every model.
+
+    Args:
+        folder: of the run.
+        models: by name.
+        arch: name of the architecture.
+        class_names: of the head.
+        run: what is stored about the run.
+
+    Raises:
+        ValueError: a file cannot be written.
+    """
     for name, model in models.items():
         description = Description(arch=arch, vit=model.visual.config, class_names=tuple(class_names), run=run)
         save_classifier(folder / f"{name}.safetensors", model, description)
@@ -65,4 +103,5 @@ def say_unreadable(dist_info: World, *loaders: Any) -> None:
 
 
 def warn(message: str) -> None:
+    """Print a warning on stderr."""
     print(f"cammask: warning: {message}", file=sys.stderr)

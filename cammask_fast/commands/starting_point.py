@@ -79,6 +79,10 @@ class StartingPoint:
             classes: those of the data.
             zero_shot: makes the zero-shot classifier over them; called where it is needed.
             device: of the models.
+
+        Returns:
+            The teacher and the student's start.
+
         Raises:
             ValueError: where the pre-trained model is needed and cannot be had.
         """
@@ -107,7 +111,19 @@ class StartingPoint:
 def starting_point(args: Options, recipe: Mapping[str, Any], config: TrainConfig, out: Path) -> StartingPoint:
     """Read `--init`, `--arch`, `--pretrained` and `--teacher` over a recipe.
 
-    `--pretrained` with a checkpoint of `train` is taken for `--init`. Raises ValueError where they do not fit each other.
+    `--pretrained` with a checkpoint of `train` is taken for `--init`.
+
+    Args:
+        args: options of the command line.
+        recipe: the recipe's tables; empty without one.
+        config: settings of the method.
+        out: folder of the new run.
+
+    Returns:
+        Architecture, weights and teacher of the run.
+
+    Raises:
+        ValueError: the options do not fit each other or the method, or the checkpoint cannot be read.
     """
     init, pretrained = args["init"], args["pretrained"]
     if pretrained and is_own(pretrained):

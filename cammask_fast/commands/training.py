@@ -191,7 +191,8 @@ def train_with_progress(
     """Train with a progress bar, a log and checkpoints.
 
     Args:
-        model: the zero-shot classifier, also the teacher.
+        teacher: the frozen model that is distilled.
+        start: where the student starts; the same object as the teacher without `--init`.
         data: training and validation loaders.
         config: settings of the method.
         args: options of the command line by name.

@@ -53,7 +53,16 @@ def web_split(config: PretrainConfig) -> Split:
 
 
 def contrastive_loss(image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric cross entropy. Features (N, E), normalised; logit_scale is the factor, not its logarithm."""
+    """CLIP's symmetric cross-entropy.
+
+    Args:
+        image_features: (N, E), normalised.
+        text_features: (N, E), normalised; row n belongs to image n.
+        logit_scale: the factor, not its logarithm.
+
+    Returns:
+        Scalar, differentiable.
+    """
     logits = logit_scale * image_features @ text_features.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -108,9 +117,19 @@ def zero_shot_accuracies(clip: CLIP) -> dict[str, float]:
 
 
 def save_pretrained(folder: Path, clip: CLIP, config: PretrainConfig, *, command: str) -> dict[str, float]:
-    """Write tiny_clip.safetensors (half precision) and tiny_clip.json, its provenance; returns the zero-shot accuracies.
+    """Write tiny_clip.safetensors (half precision) and tiny_clip.json, its provenance.
 
-    The accuracies are those of the rounded weights. Raises ValueError when the folder cannot be written.
+    Args:
+        folder: created when it is missing.
+        clip: the trained model; its weights are rounded to half precision.
+        config: settings of the pre-training.
+        command: that made it, for the provenance.
+
+    Returns:
+        Zero-shot accuracies of the rounded weights in percent, by evaluation set.
+
+    Raises:
+        ValueError: the folder cannot be written.
     """
     halves = {name: value.detach().half().contiguous() for name, value in clip.state_dict().items()}
     clip.load_state_dict({name: value.float() for name, value in halves.items()})

@@ -84,12 +84,15 @@ def claims(results: Mapping[str, Any]) -> list[tuple[str, float, bool]]:
 
 
 def compared(name: str, other: str, differences: Sequence[float]) -> str:
-    """One sentence on paired differences (one per seed): mean, sign of each, and what a 95 % t interval says of the sign.
+    """One sentence on paired differences: mean, sign of each, and what a 95 % t interval says of the sign.
 
     Args:
         name: the method whose scores come first in each difference.
         other: the method whose scores are subtracted.
         differences: points of accuracy, `name` minus `other`, one per seed.
+
+    Returns:
+        The sentence; its verdict is `lower`, `higher` or `not told apart`.
     """
     mean, count = statistics.mean(differences), len(differences)
     shown = ", ".join(f"{d:+.2f}" for d in differences)

@@ -81,6 +81,7 @@ class Job:
 
     @property
     def trains(self) -> bool:
+        """Whether the job trains anything."""
         return self.config.resolved.trained != "none"
 
     @property
@@ -92,12 +93,30 @@ class Job:
 
 
 def tiny_config(recipe: str, seed: int, **changes: Any) -> TrainConfig:
-    """The benchmark's settings for a method: recipes/tiny/<recipe>.toml."""
+    """The benchmark's settings for a method.
+
+    Args:
+        recipe: name of a file in recipes/tiny, without its ending.
+        seed: of the run.
+        **changes: fields of `TrainConfig` to set otherwise.
+
+    Returns:
+        The settings.
+    """
     return TrainConfig.from_dict({**load_recipe(f"tiny/{recipe}")["train"], "seed": seed, **changes})
 
 
 def jobs(seeds: Sequence[int], *, full: bool, gallery: Path | None = None) -> list[Job]:
-    """Zero-shot once and the training runs per seed, longest first so that two workers end together."""
+    """The jobs of a demo: zero-shot once and the training runs per seed.
+
+    Args:
+        seeds: of the runs.
+        full: add the methods of `FULL`.
+        gallery: file for the pictures of the first seed's headline run.
+
+    Returns:
+        Jobs, longest first, so that the workers end together.
+    """
     wanted: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in BASIC} | (FULL if full else {})
     curves = {"ft", HEADLINE} if full else {"ft"}
     runs = [
@@ -208,7 +227,16 @@ def gallery_rows(model: Classifier, *, count: int = 6) -> list[GalleryRow]:
 
 
 def run_demo(out: Path, *, full: bool = False, seeds: Sequence[int] = (0, 1, 2)) -> None:
-    """Run everything and write results.json, gallery.png, tradeoff.png, table.md and report.html to `out`."""
+    """Run everything and write results.json, gallery.png, tradeoff.png, table.md and report.html.
+
+    Args:
+        out: folder, created when it is missing.
+        full: add the methods of `FULL`.
+        seeds: of the runs.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
     started = time.perf_counter()
     try:
         out.mkdir(parents=True, exist_ok=True)

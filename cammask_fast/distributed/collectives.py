@@ -114,10 +114,18 @@ class AsyncAnyFlag:
 def sum_gradients(
     gradients: Sequence[Tensor], loss: Tensor, *, bucket_bytes: int = BUCKET_BYTES
 ) -> tuple[list[Tensor], Tensor]:
-    """Sum gradients and a loss over all processes.
+    """Sum gradients and a loss over all processes. torch.compile can trace it.
 
     Gradients travel in flat buckets, those of the last layers first, which a backward pass computes first; all are under way
-    before the first is waited for. The loss is in the bucket that is sent last. torch.compile can trace it.
+    before the first is waited for. The loss is in the bucket that is sent last.
+
+    Args:
+        gradients: of this process, in the order of the parameters.
+        loss: of this process, scalar.
+        bucket_bytes: largest size of a bucket with more than one gradient.
+
+    Returns:
+        The summed gradients, shaped as given, and the summed loss.
     """
     group, buckets = dist.group.WORLD, in_buckets(gradients, most=bucket_bytes)
     assert group is not None

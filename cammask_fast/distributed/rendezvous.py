@@ -9,17 +9,20 @@ from typing import Any
 
 
 def rendezvous_prefix(store: Any, rank: int, size: int, *, timeout: float) -> str:
-    """Agree on a store prefix unique to this launch, and return it.
+    """Agree on a store prefix unique to this launch.
 
     torchrun may keep its store, with the addresses of dead processes, when it restarts processes, and its restart count differs
     between machines: a replaced machine starts at 0, and one whose processes were healthy does not count. So rank 0 opens the
     next prefix; the other ranks greet it there with a random word, and a word that comes back was heard by a living rank 0.
 
     Args:
-        store: a torch.distributed store that all ranks reach.
+        store: a store of PyTorch's that all ranks reach.
         rank: of this process.
         size: number of processes.
         timeout: seconds to wait for the others.
+
+    Returns:
+        The prefix.
 
     Raises:
         ValueError: when a rank is missing after `timeout` seconds.

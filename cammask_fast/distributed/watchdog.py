@@ -61,6 +61,7 @@ class Watchdog(threading.Thread):
         self.join(timeout=10 * TICK)
 
     def run(self) -> None:
+        """Watch the other ranks until `over` is set; end this process when one has failed or is stalled."""
         while not self.over.wait(TICK):
             try:
                 self.tick()

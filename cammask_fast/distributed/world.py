@@ -27,6 +27,7 @@ class World(NamedTuple):
 
     @property
     def is_main_process(self) -> bool:
+        """Whether this is rank 0, the process that prints and writes."""
         return self.rank == 0
 
 

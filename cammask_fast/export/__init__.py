@@ -48,6 +48,9 @@ def export(checkpoint: Path, to: str, out: Path, *, pretrained: str = "") -> Exp
         out: folder, created when it is missing; files of an earlier export are replaced.
         pretrained: weights of the text tower (default: those that the run started from).
 
+    Returns:
+        The files, how to load them, and the largest difference on random pixels.
+
     Raises:
         ValueError: for an unknown format, a checkpoint that cannot be read, a tool that is not installed, or a folder that
             cannot be written.
@@ -71,9 +74,15 @@ def _exporters() -> Mapping[str, Exporter]:
 
 
 def write_head(model: Classifier, description: Description, out: Path) -> tuple[Path, Path]:
-    """The classifier's head beside the towers: `head.safetensors` (weight (K, E), bias (K,)) and `classes.json`.
+    """Write the classifier's head beside the towers; logits = normalise(features) @ weight.T + bias.
 
-    logits = normalise(features) @ weight.T + bias.
+    Args:
+        model: the classifier.
+        description: has the class names.
+        out: folder.
+
+    Returns:
+        `head.safetensors` (weight (K, E), bias (K,)) and `classes.json`.
     """
     head, classes = out / "head.safetensors", out / "classes.json"
     save_file({name: value.contiguous() for name, value in model.head.state_dict().items()}, head)

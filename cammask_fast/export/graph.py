@@ -25,12 +25,23 @@ class ImageClassifier(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) and features (N, E) of normalised images (N, 3, H, W)."""
         prediction = self.model(images)
         return prediction.logits, prediction.features
 
 
 def export_program(model: Classifier, description: Description, out: Path, pretrained: str) -> Exported:
-    """`model.pt2`, for `torch.export.load`, in the dtype of the weights, on the CPU."""
+    """Write `model.pt2`, for `torch.export.load`, in the dtype of the weights, on the CPU.
+
+    Args:
+        model: the classifier.
+        description: of the checkpoint.
+        out: folder.
+        pretrained: not needed, as the text tower is not exported.
+
+    Returns:
+        The files, how to load them, and the largest difference on random pixels.
+    """
     path = out / "model.pt2"
     with warnings.catch_warnings(action="ignore"):
         torch.export.save(_program(model), path)
@@ -41,7 +52,21 @@ def export_program(model: Classifier, description: Description, out: Path, pretr
 
 
 def export_onnx(model: Classifier, description: Description, out: Path, pretrained: str) -> Exported:
-    """`model.onnx` with the input `images` and the outputs `logits` and `features`, run once in ONNX Runtime on the CPU."""
+    """Write `model.onnx` with the input `images` and the outputs `logits` and `features`, and run it once in ONNX Runtime on
+    the CPU.
+
+    Args:
+        model: the classifier.
+        description: of the checkpoint.
+        out: folder.
+        pretrained: not needed, as the text tower is not exported.
+
+    Returns:
+        The files, how to load them, and the largest difference on random pixels.
+
+    Raises:
+        ValueError: onnxruntime or onnxscript is not installed.
+    """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter needs it)

@@ -27,7 +27,17 @@ MODEL = "open_clip_model.safetensors"
 
 
 def export_open_clip(model: Classifier, description: Description, out: Path, pretrained: str) -> Exported:
-    """`open_clip_model.safetensors` and `open_clip_config.json`, for open_clip's `create_model_and_transforms`."""
+    """Write `open_clip_model.safetensors` and `open_clip_config.json`, for open_clip's `create_model_and_transforms`.
+
+    Args:
+        model: the classifier, whose image tower is exported.
+        description: of the checkpoint.
+        out: folder.
+        pretrained: weights of the text tower; empty: those that the run started from.
+
+    Returns:
+        The files, how to load them, and the largest difference on random pixels.
+    """
     clip = _with_tuned_images(model, description, pretrained)
     weights, config = out / MODEL, out / "open_clip_config.json"
     save_file({name: value.detach().contiguous() for name, value in clip.state_dict().items()}, weights)
@@ -50,7 +60,20 @@ def export_open_clip(model: Classifier, description: Description, out: Path, pre
 
 
 def export_hf(model: Classifier, description: Description, out: Path, pretrained: str) -> Exported:
-    """`model.safetensors`, `config.json`, the tokenizer's and the image processor's files, for transformers' CLIPModel."""
+    """Write weights, configuration, tokenizer and image processor for transformers' CLIPModel.
+
+    Args:
+        model: the classifier, whose image tower is exported.
+        description: of the checkpoint.
+        out: folder.
+        pretrained: weights of the text tower; empty: those that the run started from.
+
+    Returns:
+        The files, how to load them, and the largest difference on random pixels.
+
+    Raises:
+        ValueError: transformers is not installed, or did not read every weight.
+    """
     try:
         import transformers
     except ImportError:

@@ -201,7 +201,16 @@ def clear(folder: Path) -> None:
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError, naming the settings, when a run would go on with others than those it was begun with."""
+    """Refuse to resume a run with settings that would change it.
+
+    Args:
+        before: settings of the checkpoint.
+        now: settings of this run.
+        path: folder of the run, for the message.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
     free = set(RESUME_MUTABLE)
     before = {name: FORMER_VALUES.get(value, value) if isinstance(value, str) else value for name, value in before.items()}
     before = {name: value for name, value in DEFAULTS_BEFORE.items() if name in now} | before

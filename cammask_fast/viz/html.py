@@ -26,7 +26,16 @@ def render(template: str, **values: Any) -> str:
 
 
 def picture(title: str, figure: Figure, *, text: str = "") -> Picture:
-    """A matplotlib figure as a PNG inside the page."""
+    """A matplotlib figure as a PNG inside a page.
+
+    Args:
+        title: above the picture.
+        figure: to draw.
+        text: below the picture.
+
+    Returns:
+        The picture as a data URL.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     return Picture(title, f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", text)

@@ -29,7 +29,16 @@ class GalleryRow(NamedTuple):
 
 
 def contact_sheet(path: Path, rows: Mapping[str, Tensor], *, zoom: int = 2) -> None:
-    """One row of images per name, the name above it. rows: uint8 (n, H, W, 3) each."""
+    """Write a PNG with a row of images per name, the name above it.
+
+    Args:
+        path: of the file.
+        rows: uint8 (n, H, W, 3) by name.
+        zoom: screen pixels per image pixel.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     width = max(len(images) * images.shape[2] for images in rows.values()) * zoom
     figure, axes = plt.subplots(len(rows), 1, figsize=(width / 100, len(rows) * 1.35), layout="constrained", squeeze=False)
     for axis, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
@@ -46,7 +55,13 @@ def upscale(values: Tensor, side: int) -> NDArray[Any]:
 
 
 def show_cam(axis: Any, image: Tensor, cam: Tensor) -> None:
-    """Image in grey with the relevance in colour, smoothly interpolated."""
+    """Draw an image in grey and its relevance in colour, smoothly interpolated.
+
+    Args:
+        axis: of matplotlib.
+        image: uint8 (H, W, 3).
+        cam: float (G, G) in [0, 1].
+    """
     side = image.shape[0]
     axis.imshow(image.float().mean(-1).numpy(), cmap="gray", vmin=0, vmax=255)
     smooth = Image.fromarray(cam.float().numpy()).resize((side, side), Image.Resampling.BICUBIC)
@@ -55,13 +70,28 @@ def show_cam(axis: Any, image: Tensor, cam: Tensor) -> None:
 
 
 def show_masked(axis: Any, image: Tensor, mask: Tensor) -> None:
-    """Image with the masked patches greyed out."""
+    """Draw an image with its masked patches in grey.
+
+    Args:
+        axis: of matplotlib.
+        image: uint8 (H, W, 3).
+        mask: bool (G, G), True = masked.
+    """
     masked = upscale(mask.float(), image.shape[0])[..., None] > 0.5
     axis.imshow(np.where(masked, 127, image.numpy()))
 
 
 def gallery(path: Path, rows: Sequence[GalleryRow], *, cell: float = 1.35) -> None:
-    """Write `gallery_figure` as a PNG. Raises ValueError when it cannot be written."""
+    """Write `gallery_figure` as a PNG.
+
+    Args:
+        path: of the file.
+        rows: one per image.
+        cell: side of an image, inches.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     _save(gallery_figure(rows, cell=cell), path)
 
 
@@ -89,7 +119,16 @@ def gallery_figure(rows: Sequence[GalleryRow], *, cell: float = 1.35) -> Figure:
 
 
 def map_figure(images: Tensor, maps: Tensor, titles: Sequence[str]) -> Any:
-    """A figure with every image, uint8 (N, H, W, 3), beside its map, float (N, G, G) in [0, 1]."""
+    """A figure with every image beside its map.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        maps: float (N, G, G) in [0, 1].
+        titles: one per image.
+
+    Returns:
+        A matplotlib figure.
+    """
     figure = Figure(figsize=(4.4, 2.3 * len(images)), layout="constrained")
     axes = figure.subplots(len(images), 2, squeeze=False)
     for line, image, cam, title in zip(axes, images, maps, titles, strict=True):
@@ -106,7 +145,16 @@ def tradeoff(
     points: Mapping[str, tuple[float, float]],
     curves: Mapping[str, Sequence[tuple[float, float]]],
 ) -> None:
-    """ID against average OOD accuracy (percent): every method a labelled point, every interpolation a curve."""
+    """Write a PNG of ID against average OOD accuracy: every method a labelled point, every interpolation a curve.
+
+    Args:
+        path: of the file.
+        points: (ID, average OOD) in percent, by method.
+        curves: the same along alpha, by method.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     for name, curve in curves.items():
         axis.plot(*zip(*curve, strict=True), marker=".", linewidth=1, label=name, zorder=1)

@@ -69,7 +69,16 @@ def counterfactuals(
 ) -> Picture | None:
     """The run's own images with map, mask and counterfactual of its strategy, by the model before and after training.
 
-    images: uint8 (N, H, W, 3), of which up to `SHOWN` are drawn. labels: int64 (N,). None for a method without masks by a map.
+    Args:
+        before: the model before training.
+        after: the model after training.
+        images: uint8 (N, H, W, 3), of which up to `SHOWN` are drawn.
+        labels: int64 (N,).
+        names: of the classes.
+        config: settings of the run.
+
+    Returns:
+        The picture; None for a method without masks by a map.
     """
     masking = config.resolved.masking
     strategy = None if masking == "none" else parse_strategy(masking)
@@ -139,7 +148,7 @@ def write_run_report(
     counts: Tensor | None = None,
     alarms: Sequence[str] = (),
 ) -> Path:
-    """Write `report.html` into a run folder and return its path.
+    """Write `report.html` into a run folder.
 
     Args:
         run: the folder, with its log.
@@ -147,6 +156,9 @@ def write_run_report(
         gallery: from `counterfactuals`.
         counts: confusion counts of the validation images, int64 (K, K).
         alarms: sentences that belong on top.
+
+    Returns:
+        The file's path.
 
     Raises:
         OSError: when the file cannot be written.
