@@ -62,6 +62,7 @@ class SampleStore:
         self._own.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
+        """What is kept, for a checkpoint."""
         return {"rows": self.rows, "known": self.known.to(torch.uint8)}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
@@ -86,7 +87,19 @@ class TeacherMemory:
 
     @classmethod
     def of_run(cls, teacher: Classifier, config: TrainConfig, train: Loader) -> TeacherMemory | None:
-        """For a training loader; None where nothing is kept. Raises ValueError for a loader whose ids do not stay."""
+        """The memory of a run.
+
+        Args:
+            teacher: the frozen classifier.
+            config: settings; `cam_source` says whether anything is kept.
+            train: loader of the training images.
+
+        Returns:
+            The memory, or None where nothing is kept.
+
+        Raises:
+            ValueError: the loader's sample ids change from epoch to epoch.
+        """
         if config.cam_source == "student":
             return None
         if not isinstance(train, ResumableLoader):
@@ -115,6 +128,7 @@ class TeacherMemory:
         self.relevance.merge()
 
     def state_dict(self) -> dict[str, Tensor]:
+        """What is kept, for a checkpoint."""
         return {f"relevance.{name}": value for name, value in self.relevance.state_dict().items()}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
@@ -124,10 +138,18 @@ class TeacherMemory:
 
 
 def teacher_relevance(teacher: Classifier, images: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
-    """The map that the frozen teacher has of images at their labels, as it is kept: float16 (N, P), divided by its maximum (a
-    relevance of 1e-6 would have few bits as float16).
+    """The frozen teacher's map of images at their labels, in the form in which it is kept.
 
-    teacher: in any type of the products. images: uint8 (N, H, W, 3). labels: int64 (N,).
+    It is divided by its maximum, since a relevance of 1e-6 would have few bits as float16.
+
+    Args:
+        teacher: in any compute dtype.
+        images: uint8 (N, H, W, 3).
+        labels: int64 (N,).
+        config: settings; `cam` and `cam_start_layer` choose the map.
+
+    Returns:
+        float16 (N, P).
     """
     dtype = teacher.visual.conv1.weight.dtype
     found = relevance_of(teacher, images, labels, config.cam, start_layer=config.cam_start_layer, dtype=dtype)
