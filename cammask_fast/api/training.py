@@ -68,11 +68,14 @@ def fine_tune(
         data: a folder name (class folders, perhaps in train/ and val/), tar shards, `texture-digits`, a torchvision
             ImageFolder (its root is read), or an iterable of (images, labels), such as a DataLoader: images as
             `data.iterables.to_uint8` takes them, labels int (N,), the batches being the optimiser's.
-        method: what trains and what is distilled, see `cammask methods`.
+        method: what trains and what is distilled, a key of `METHODS`.
         validation: data of the same kinds (default: val/ or a tenth of a folder; nothing for an iterable).
         class_names: names for the prompts, for iterables and models without classes.
         progress: called as (phase, images done, images in total, mean loss, share of the time spent waiting for data).
-        settings: fields of `TrainConfig` and `OptimConfig`, such as epochs=3, lr=1e-5.
+        **settings: fields of `TrainConfig` and `OptimConfig`, such as epochs=3, lr=1e-5.
+
+    Returns:
+        The best and the last model, and the validation accuracies before and after.
 
     Raises:
         ValueError: for unknown settings, data that cannot be used, or classes that do not fit.
@@ -134,17 +137,18 @@ def evaluate(model: Model, data: Data) -> Scores:
 def train_step(
     student: Model | Classifier, teacher: Model | Classifier, *, method: str = "masked-object", seed: int = 0, **settings: Any
 ) -> Callable[[Tensor, Tensor], Losses]:
-    """The gradients of a method for a training loop of one's own.
-
-    Returns a function of (images, labels) that adds the gradients of one batch to the student's `.grad` and returns the losses
-    (total, task, distill; scalars on the device); clipping and the optimiser's step are the caller's.
+    """The gradients of a method, for a training loop of one's own. Clipping and the optimiser's step are the caller's.
 
     Args:
         student: trains; its parameters are made trainable as the method says.
         teacher: frozen; usually a copy of the student before training.
         method: what trains and what is distilled.
         seed: of the donors and random masks.
-        settings: fields of `TrainConfig`, such as masking="CtxMaskMultiFill(0.3)", w_distill=8.
+        **settings: fields of `TrainConfig`, such as masking="CtxMaskMultiFill(0.3)", w_distill=8.
+
+    Returns:
+        A function of (images, labels) that adds the gradients of one batch to the student's `.grad` and returns the losses
+        (total, task, distill; scalars on the device).
 
     Raises:
         ValueError: for unknown settings, and for models that do not fit each other.
@@ -171,7 +175,21 @@ def train_step(
 
 
 def export(run: str | Path, to: str, out: str | Path, *, pretrained: str = "") -> Exported:
-    """Write a run's weights for another tool: `open-clip`, `hf`, `onnx` or `torch-export`; see `cammask export`."""
+    """Write a run's weights for another tool; see `cammask export`.
+
+    Args:
+        run: a run folder (its best checkpoint) or a checkpoint file.
+        to: `open-clip`, `hf`, `onnx` or `torch-export`.
+        out: folder, created when it is missing.
+        pretrained: weights of the text tower (default: those that the run started from).
+
+    Returns:
+        The files, how to load them, and the largest difference on random pixels.
+
+    Raises:
+        ValueError: for an unknown format, a checkpoint that cannot be read, a tool that is not installed, or a folder that
+            cannot be written.
+    """
     return export_checkpoint(find_checkpoint(run, "run"), to, Path(out), pretrained=pretrained)
 
 

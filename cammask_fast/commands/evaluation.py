@@ -29,6 +29,7 @@ EMPTY: Mapping[str, PredictionLog] = MappingProxyType({})
 
 
 def run_evaluate(args: Options) -> None:
+    """Run `cammask evaluate`: score a checkpoint on one or several sets."""
     device = device_of(args)
     source = find_model(args["checkpoint"], arch=args["arch"] or "", pretrained=args["pretrained"])
     if source.checkpoint is None:
@@ -48,6 +49,7 @@ def run_evaluate(args: Options) -> None:
 
 
 def run_zeroshot(args: Options) -> None:
+    """Run `cammask zeroshot`: score a pre-trained model on one or several sets."""
     device, arch = device_of(args), args["arch"] or "tiny"
     folders = folders_of(args["data"])
     names = folders if args["data"][0] == BENCHMARK else names_of(args["class_names"], folders)
@@ -63,7 +65,15 @@ def run_zeroshot(args: Options) -> None:
 def score_and_show(
     model: Classifier, sets: Mapping[str, EvaluationSet], folders: Sequence[str], args: Options, dist_info: World
 ) -> None:
-    """Scores of one model, with its predictions where `--out` wants them. folders: behind the model's logits."""
+    """Score one model, show the scores, and write its predictions with `--out`.
+
+    Args:
+        model: the classifier.
+        sets: evaluation sets by name.
+        folders: class folders behind the model's logits.
+        args: options of the command line.
+        dist_info: rank and number of processes.
+    """
     logs = {} if args["out"] is None else {name: PredictionLog(one.groups) for name, one in sets.items()}
     scores = {name: of_set[0] for name, of_set in scores_of([model], sets, args, logs).items()}
     predicted = {name: log.result() for name, log in logs.items()}
@@ -73,6 +83,7 @@ def score_and_show(
 
 
 def run_wise_ft(args: Options) -> None:
+    """Run `cammask wise-ft`: score, and with `--out` write, interpolations of two checkpoints."""
     device = device_of(args)
     names = alpha_names(args["alphas"])
     end, description = load_classifier(end_of(args["end"]))
@@ -129,7 +140,18 @@ def end_of(given: Path) -> Path:
 def start_of(given: str | None, end: Classifier, description: Description, device: str) -> Classifier:
     """The zero-shot classifier of `--start`, its head in the order of the other end's.
 
-    given: a run folder or checkpoint, or the name of a pre-trained model; None: the one that the other end's run began from.
+    Args:
+        given: a run folder or checkpoint, or the name of a pre-trained model; None: the one that the other end's run began
+            from.
+        end: the classifier of `--end`.
+        description: of the checkpoint of `--end`.
+        device: of the result.
+
+    Returns:
+        The classifier on its device.
+
+    Raises:
+        ValueError: it is of another architecture or has other classes, or cannot be read.
     """
     classes, said = Classes.of(description), given or description.arch
     source = find_model(given, arch="") if given else None
@@ -160,7 +182,17 @@ def tell_seen(sets: Mapping[str, EvaluationSet], trained_on: str | None) -> None
 def scores_of(
     models: Sequence[Classifier], sets: Mapping[str, EvaluationSet], args: Options, logs: Mapping[str, PredictionLog] = EMPTY
 ) -> dict[str, list[Score]]:
-    """A score per model on every set, in the precision asked for; each set is read once. logs: of the first model, by set."""
+    """Score every model on every set; each set is read once.
+
+    Args:
+        models: classifiers of one architecture.
+        sets: evaluation sets by name.
+        args: options of the command line, of which device and precision are read.
+        logs: by set, get the predictions of the first model.
+
+    Returns:
+        By set, a score per model.
+    """
     device: str = device_of(args)
     precision: Precision = args["precision"] or "auto"
     set_matmul_precision(resolve(precision, device))
@@ -182,7 +214,14 @@ def average_ood(accuracies: Mapping[str, float]) -> tuple[str, float] | None:
 
 
 def show_scores(scores: Mapping[str, Score], sets: Mapping[str, EvaluationSet], args: Options, dist_info: World) -> None:
-    """Print and write the scores, on the first rank."""
+    """Print the scores and write them to `--out`, on the main process.
+
+    Args:
+        scores: by set.
+        sets: evaluation sets by name.
+        args: options of the command line, of which `json` and `out` are read.
+        dist_info: rank and number of processes.
+    """
     say_unreadable(dist_info, *(one.loader for one in sets.values()))
     if not dist_info.is_main_process:
         return
@@ -206,6 +245,13 @@ def show_scores(scores: Mapping[str, Score], sets: Mapping[str, EvaluationSet], 
 
 
 def write_scores(folder: Path, text: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `scores.json`, `scores.csv` and `per_class.csv`.
+
+    Args:
+        folder: created when it is missing.
+        text: content of `scores.json`.
+        rows: one per set, as `show_scores` makes them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
     numbers = ("data", "images", "classes", "accuracy", "top5", "calibration_error")

@@ -20,6 +20,7 @@ from cammask_fast.viz.plots import contact_sheet
 
 
 def run_mask(args: Options) -> None:
+    """Run `cammask mask`."""
     device, prompts, arch = device_of(args), args["prompts"] or [], args["arch"] or ""
     if not args["checkpoint"] and args["pretrained"] and is_own(args["pretrained"]):
         remark(f"--pretrained {args['pretrained']} is a checkpoint of cammask train: taken as --checkpoint")
@@ -41,12 +42,14 @@ def run_mask(args: Options) -> None:
 
 
 def run_preview(args: Options) -> None:
+    """Run `cammask preview`: write a contact sheet of a data set."""
     args["out"].parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(args["out"], preview_rows(args["data"], seed=args["seed"]))
     print(f"written to {args['out']}")
 
 
 def run_pack(args: Options) -> None:
+    """Run `cammask pack`: write the images of a folder as shards."""
     root, out = Path(args["folder"]), args["out"]
     splits = [path for path in find_splits(args["folder"]).values() if isinstance(path, str)] or [args["folder"]]
     for path in splits:

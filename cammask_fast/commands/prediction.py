@@ -44,6 +44,7 @@ class Prediction(NamedTuple):
 
 
 def run_predict(args: Options) -> None:
+    """Run `cammask predict`: classify photographs."""
     device = device_of(args)
     if args["top"] < 1:
         raise ValueError(f"--top: expected 1 or more, got {args['top']}")
@@ -82,7 +83,16 @@ def names_for(source: ModelSource, args: Options) -> tuple[str, ...]:
 
 @torch.no_grad()
 def predictions(model: Classifier, files: Sequence[Path], *, top: int) -> Iterator[Prediction]:
-    """In the order of the files, a chunk at a time."""
+    """Classify photographs, a chunk at a time.
+
+    Args:
+        model: the classifier.
+        files: photographs.
+        top: classes per photograph.
+
+    Yields:
+        The best classes of each photograph, in the order of the files, or why it cannot be read.
+    """
     size, weight = model.visual.config.image_size, model.head.weight
 
     def read(path: Path) -> torch.Tensor | str:
@@ -110,7 +120,17 @@ def predictions(model: Classifier, files: Sequence[Path], *, top: int) -> Iterat
 
 
 def show(found: Iterator[Prediction], classes: Classes, files: Sequence[Path], args: Options) -> list[Prediction]:
-    """Print a line per photograph, or JSON, and write `--csv`, while they come."""
+    """Print a line per photograph, or JSON, and write `--csv`, while the predictions come.
+
+    Args:
+        found: predictions.
+        classes: of the model's logits.
+        files: photographs, whose names set the width of a line.
+        args: options of the command line, of which `json` and `csv` are read.
+
+    Returns:
+        The predictions.
+    """
     kept, width = [], max(len(str(path)) for path in files)
     unread: list[str] = []
     with ExitStack() as stack:
@@ -142,6 +162,7 @@ def show(found: Iterator[Prediction], classes: Classes, files: Sequence[Path], a
 
 
 def as_json(one: Prediction, classes: Classes) -> dict[str, Any]:
+    """A prediction as plain values."""
     if one.fault:
         return {"image": str(one.path), "error": one.fault}
     pairs = zip(one.classes, one.probabilities, strict=True)

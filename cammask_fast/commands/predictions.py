@@ -15,7 +15,13 @@ OTHER = "(none of these)"
 
 
 def write_csv(path: Path, header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV in UTF-8; names of files that are not UTF-8 are escaped."""
+    """Write a CSV in UTF-8; names of files that are not UTF-8 are escaped.
+
+    Args:
+        path: of the file.
+        header: first row.
+        rows: the others.
+    """
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(header)

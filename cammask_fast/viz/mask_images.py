@@ -68,7 +68,17 @@ class Look(NamedTuple):
             return torch.cat([self.model(normalise(part.to(device))).logits.argmax(1).cpu() for part in self.parts(images)])
 
     def maps(self, images: Tensor, labels: Tensor, cam: str, start_layer: int) -> Tensor:
-        """float32 (N, P) on the CPU, at the images' labels, a few images per graph."""
+        """Maps of images, computed a few images at a time.
+
+        Args:
+            images: uint8 (N, H, W, 3).
+            labels: int64 (N,), the logits that are explained.
+            cam: `mm-cam` or `grad-cam`.
+            start_layer: first layer of MM-CAM's rollout.
+
+        Returns:
+            float32 (N, P) on the CPU, not normalised.
+        """
         device = self.model.head.weight.device
         pairs = zip(self.parts(images), self.parts(labels), strict=True)
         found = [relevance_of(self.model, i.to(device), n.to(device), cam, start_layer=start_layer).cpu() for i, n in pairs]
@@ -80,7 +90,20 @@ class Look(NamedTuple):
 
 
 def look_with_prompts(arch: str, pretrained: str, prompts: Sequence[str], device: str) -> Look:
-    """A pre-trained model and any text. Raises ValueError for prompts that the tiny model never saw."""
+    """A pre-trained model and any text.
+
+    Args:
+        arch: name of the architecture.
+        pretrained: weights; empty: the architecture's own.
+        prompts: a row each, 1 or more.
+        device: of the model.
+
+    Returns:
+        The model, whose logits are the prompts'.
+
+    Raises:
+        ValueError: no prompt, or prompts that the tiny model never saw.
+    """
     if not prompts:
         raise ValueError("--class PROMPT: needed with a pre-trained model; a run or checkpoint has classes of its own")
     if arch == "tiny":
@@ -90,7 +113,19 @@ def look_with_prompts(arch: str, pretrained: str, prompts: Sequence[str], device
 
 
 def look_with_checkpoint(checkpoint: Path, prompts: Sequence[str], device: str) -> Look:
-    """A checkpoint of `cammask train` and its own classes, see `mask_photographs`. Raises ValueError for unknown ones."""
+    """A checkpoint of `cammask train` and its own classes.
+
+    Args:
+        checkpoint: the file.
+        prompts: class names, a row each; none: all classes, or with many of them the predicted one.
+        device: of the model.
+
+    Returns:
+        The model and its rows.
+
+    Raises:
+        ValueError: a prompt is none of its classes.
+    """
     model, description = load_classifier(checkpoint)
     classes = Classes.of(description)
     if prompts:
@@ -228,6 +263,7 @@ class Pages:
 
     @property
     def drawn(self) -> bool:
+        """Whether there is anything to write or already written."""
         return bool(self.rows or self.written)
 
     def add(self, row: GalleryRow) -> None:
@@ -254,9 +290,18 @@ class Pages:
 def apply(
     strategy: Strategy, pool: Tensor, count: int, relevance: Tensor, generator: torch.Generator, *, grid: int
 ) -> tuple[Tensor, Tensor]:
-    """Mask, bool (count, grid, grid), and counterfactual, uint8 (count, H, W, 3), of the first `count` images of the pool.
+    """Mask and fill the first images of a pool. Donors come from the whole pool and are never the image itself.
 
-    Donors come from the whole pool and are never the image itself. Removed patches of a no-fill are white.
+    Args:
+        strategy: which patches are masked and how they are filled.
+        pool: uint8 (M, H, W, 3).
+        count: images to mask, N.
+        relevance: float (N, P), not normalised.
+        generator: advances.
+        grid: patches per side, G.
+
+    Returns:
+        Masks, bool (N, G, G), and counterfactuals, uint8 (N, H, W, 3); removed patches of a no-fill are white.
     """
     patches, images = grid * grid, pool[:count]
     padded = torch.cat([relevance, relevance.new_zeros(len(pool) - count, patches)])
@@ -270,7 +315,17 @@ def apply(
 
 
 def other_donors(strategy: Strategy, count: int, patches: int, generator: torch.Generator) -> MaskRandomness:
-    """MaskRandomness in which no single-fill donor is the image itself: a picture without a change would show nothing."""
+    """Draw so that no single-fill donor is the image itself: a picture without a change would show nothing.
+
+    Args:
+        strategy: decides what is drawn.
+        count: images, N.
+        patches: patches per image, P.
+        generator: advances.
+
+    Returns:
+        The draws.
+    """
     draws = sample_mask_randomness(strategy, count=count, patches=patches, generator=generator)
     if strategy.fill == "single":
         shift = torch.randint(1, count, (count,), generator=generator)
