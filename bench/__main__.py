@@ -15,6 +15,7 @@ COMMANDS = {
     "checkpoints": ("bench.checkpoints", "how long a checkpoint holds up the training"),
     "scaling": ("bench.scaling", "a model of data-parallel training on many GPUs"),
     "soak": ("bench.soak", "a run of several processes under random faults, against the same run undisturbed"),
+    "growth": ("bench.growth", "whether a long run keeps its size in memory, with each loader"),
     "gpu": ("bench.gpu", "tests and microbenchmarks on a CUDA machine"),
     "report": ("bench.pages", "write the tables of bench/results into the README and docs/"),
 }
