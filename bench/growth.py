@@ -106,7 +106,8 @@ def measure(data: Path, out: Path, *, loader: str, workers: int, batch: int, ste
     training = IMAGES - IMAGES // 10
     per_epoch = training // batch
     argv = ["train", "--data", data, "--out", out, "--arch", "tiny", "--method", "masked-object", "--loader", loader,
-            "--workers", workers, "--batch-size", batch, "--epochs", -(-steps // per_epoch), "--lr", "1e-6", "--log-every", 50,
+            "--workers", workers, "--batch-size", batch, "--epochs", -(-steps // per_epoch), "--lr", "1e-6",
+            "--log-every", min(50, per_epoch),
             "--val-images", IMAGES - training, "--compile", "off"]  # fmt: skip
     begun = time.monotonic()
     log = out.with_suffix(".log")

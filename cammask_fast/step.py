@@ -115,6 +115,11 @@ class Forward(Protocol):
     def __call__(self, patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> StudentForward: ...
 
 
+WITHOUT_GRADIENTS = (
+    "the student has no gradients: call the step outside torch.no_grad() and torch.inference_mode(), with parameters that "
+    "require gradients"
+)
+
 Teacher = Callable[..., Prediction]
 LossAndBackward = Callable[[Forward, Teacher | None, Batch, MaskRandomness | None, float], Losses]
 
@@ -411,10 +416,14 @@ def _autograd_forward(call: Callable[..., Prediction], config: TrainConfig) -> F
         taps = Taps() if tapped else None
         tokens = {} if masked is None else {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}
         prediction = call(patches, taps=taps, **tokens)
+        if not prediction.logits.requires_grad:
+            raise ValueError(WITHOUT_GRADIENTS)
 
         def tap_gradients(score: Tensor) -> Sequence[Tensor]:
             assert taps is not None
             at: list[Any] = [taps.last_ln_1] if config.cam == "grad-cam" else taps.outputs[config.cam_start_layer :]
+            if not at[0].requires_grad:
+                raise ValueError(f"{WITHOUT_GRADIENTS}; a map needs them in the image tower, too")
             return torch.autograd.grad(prediction.logits, at, score, retain_graph=True)
 
         def pull_back(cotangents: Cotangents) -> None:

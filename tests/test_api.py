@@ -80,7 +80,9 @@ def test_a_data_loader_and_uint8_batches_train_alike(model: cf.Model, digits: tu
     listed = cf.fine_tune(model, [(images[i : i + 16], labels[i : i + 16]) for i in (0, 16, 32)], **QUICK)
     assert loader.config.batch_size == 16
     assert listed.accuracy is None
-    assert loader.zero_shot_accuracy == pytest.approx(accuracy(model.with_head(), IterableLoader(floats, image_size=48)))
+    assert loader.zero_shot_accuracy == pytest.approx(
+        accuracy(model.with_head(), IterableLoader(floats, image_size=48, classes=10))
+    )
     for name, value in listed.last.with_head().state_dict().items():
         torch.testing.assert_close(loader.last.with_head().state_dict()[name], value, rtol=0, atol=0)
     assert not torch.equal(listed.last.with_head().head.weight, before)
@@ -187,7 +189,7 @@ def test_data_that_cannot_be_used(model: cf.Model, digits: tuple[Tensor, Tensor]
         cf.fine_tune(model, [], **QUICK)
     with pytest.raises(ValueError, match="48 x 48 pixels, got 40 x 40"):
         cf.fine_tune(model, [(images[:4, :40, :40], labels[:4])], **QUICK)
-    with pytest.raises(ValueError, match=r"expected int \(4,\)"):
+    with pytest.raises(ValueError, match=r"whole numbers, int \(4,\)"):
         cf.fine_tune(model, [(images[:4], labels[:3])], **QUICK)
     with pytest.raises(ValueError, match=r"expected \(images, labels\), got Tensor"):
         cf.fine_tune(model, [images[:4]], **QUICK)
@@ -204,7 +206,7 @@ def test_data_that_cannot_be_used(model: cf.Model, digits: tuple[Tensor, Tensor]
 def test_a_last_small_batch_is_left_out_of_training(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits
     batches = [(images[:16], labels[:16]), (images[16:32], labels[16:32]), (images[:3], labels[:3])]
-    assert [len(b.labels) for b in IterableLoader(batches, image_size=48, drop_last=True)] == [16, 16]
-    assert [len(b.labels) for b in IterableLoader(batches, image_size=48)] == [16, 16, 3]
-    assert len(IterableLoader(batches, image_size=48)) == 3
+    assert [len(b.labels) for b in IterableLoader(batches, image_size=48, classes=10, drop_last=True)] == [16, 16]
+    assert [len(b.labels) for b in IterableLoader(batches, image_size=48, classes=10)] == [16, 16, 3]
+    assert len(IterableLoader(batches, image_size=48, classes=10)) == 3
     assert isinstance(MaskRandomness(), tuple)

@@ -139,3 +139,16 @@ def test_shards_beside_class_folders_and_splits_of_shards(tmp_path: Path, capsys
         tar(tmp_path / "folders" / name / "0.tar", 2)
     assert found(tmp_path / "folders") == {"train": "train", "val": "val"}
     assert find_splits(str(tmp_path / "folders" / "train")) == {}
+
+
+def test_what_lies_beside_splits_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path / "train", {"a": 2, "b": 2})
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    assert set(find_splits(str(tmp_path))) == {"train"}
+    assert capsys.readouterr().err == ""
+    for name in ("x.tar", "loose.jpg", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"")
+    assert set(find_splits(str(tmp_path))) == {"train"}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "images and shards beside them, not used: 2, loose.jpg, x.tar" in said

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cammask_fast.api.models import Model
+from cammask_fast.api.models import Model, as_model, texts
 from cammask_fast.cam import relevance_of
 from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.masking import parse_strategy
@@ -32,6 +32,7 @@ class Maps:
         return map_figure(self.images, self.relevance, self.prompts)
 
 
+@torch.inference_mode(False)
 def cam(model: Model, images: Any, prompts: str | Sequence[str], *, kind: str = "mm-cam", start_layer: int = 0) -> Maps:
     """Class activation maps of images for prompts or classes.
 
@@ -48,11 +49,16 @@ def cam(model: Model, images: Any, prompts: str | Sequence[str], *, kind: str = 
     Raises:
         ValueError: for an unknown map, a prompt that a fine-tuned model has no class for, or images that cannot be read.
     """
-    pixels = model.pixels(images)
-    asked = (prompts,) * len(pixels) if isinstance(prompts, str) else tuple(prompts)
+    pixels = as_model(model).pixels(images)
+    if not len(pixels):
+        raise ValueError("images: expected at least one")
+    asked = texts((prompts,) if isinstance(prompts, str) else prompts, "prompts")
+    asked = asked * len(pixels) if isinstance(prompts, str) else asked
     if len(asked) != len(pixels):
         raise ValueError(f"prompts: expected one, or one per image ({len(pixels)}), got {len(asked)}")
     classifier, labels = _for_prompts(model, asked)
+    if start_layer and kind == "grad-cam":
+        raise ValueError("start_layer: Grad-CAM looks at the last layer only; MM-CAM starts at a layer")
     relevance = relevance_of(classifier, pixels, labels, kind, start_layer=start_layer)
     grid = model.visual.config.grid
     return Maps(images=pixels.cpu(), relevance=normalise_relevance(relevance).view(-1, grid, grid).cpu(), prompts=asked)
@@ -98,6 +104,8 @@ def counterfactual(
     Raises:
         ValueError: as `cam`, for an unknown strategy, and without anything to fill from.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed: expected a whole number, got {seed!r}")
     strategy = parse_strategy(masking)
     maps = cam(model, images, prompts, kind=kind)
     pool = maps.images if donors is None else torch.cat([maps.images, model.pixels(donors).cpu()])

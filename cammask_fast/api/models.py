@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from cammask_fast.checkpoint import load_classifier
 from cammask_fast.checkpoint.source import find_checkpoint
+from cammask_fast.data.class_names import tell_twins
 from cammask_fast.data.iterables import to_uint8
 from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.kernels.normalise import normalise
@@ -22,6 +24,8 @@ from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import PretrainedClip, load_pretrained
 from cammask_fast.model.vit import VisionTransformer
 from cammask_fast.viz.mask_images import photograph
+
+IMAGES = "expected paths, PIL images, uint8 arrays (H, W, 3), or one tensor or array of all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +51,24 @@ class Model:
         """The image tower."""
         return self._clip().visual if self.classifier is None else self.classifier.visual
 
+    @torch.inference_mode(False)  # the caller's would make weights that nothing can be differentiated through
     def with_classes(self, names: Sequence[str], templates: Sequence[str] = ()) -> Model:
         """The zero-shot classifier over class names, with the model's own prompt templates unless others are given.
 
         Raises ValueError for a fine-tuned model, which has no text tower and keeps its classes.
         """
-        classifier = self._clip().classifier(tuple(names), tuple(templates)).to(self.device)
-        return replace(self, classifier=classifier, class_names=tuple(names), class_folders=tuple(names))
+        chosen, prompts = texts(names, "classes"), texts(templates, "templates")
+        tell_twins(chosen, chosen)
+        classifier = self._clip().classifier(chosen, prompts).to(self.device)
+        return replace(self, classifier=classifier, class_names=chosen, class_folders=chosen)
 
     def predict(self, images: Any, *, top: int = 5) -> list[list[tuple[str, float]]]:
         """The `top` most probable classes of each image with their probabilities.
 
         images: paths, PIL images, or a tensor as `to_uint8` takes it, already of the model's size.
         """
+        if not isinstance(top, int) or top < 1:
+            raise ValueError(f"top: expected 1 or more classes, got {top}")
         classifier, names = self.with_head(), self.class_names
         with torch.no_grad():
             logits = classifier(normalise(self.pixels(images))).logits
@@ -80,9 +89,11 @@ class Model:
 
     def pixels(self, images: Any) -> Tensor:
         """uint8 (N, S, S, 3) on the model's device."""
-        if isinstance(images, Tensor):
+        if isinstance(images, (Tensor, np.ndarray)):
             found = to_uint8(images)
         else:
+            if not isinstance(images, (str, Path, Image.Image, Iterable)):
+                raise ValueError(f"images: {IMAGES}, got {type(images).__name__}")
             listed = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
             if not listed:
                 raise ValueError("images: expected at least one")
@@ -98,6 +109,7 @@ class Model:
         return f"<b>{html.escape(self.arch)}</b>, {self.image_size} pixels, {html.escape(classes)}"
 
 
+@torch.inference_mode(False)  # as above
 def load(
     source: str | Path,
     *,
@@ -122,7 +134,9 @@ def load(
     Raises:
         ValueError: for an unknown architecture, weights that cannot be had, or a file that is no checkpoint.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"source: expected an architecture, a run folder or a checkpoint, got {type(source).__name__}")
+    device = _device(device)
     if Path(source).exists():
         classifier, description = load_classifier(find_checkpoint(source, "source"))
         folders = tuple(description.run.get("class_folders", description.class_names))
@@ -134,11 +148,44 @@ def load(
     return model.with_classes(classes, templates) if classes else model
 
 
+def as_model(model: Any, what: str = "model") -> Model:
+    """The model itself. Raises ValueError for anything else."""
+    if not isinstance(model, Model):
+        raise ValueError(f"{what}: expected a model from cf.load or cf.fine_tune, got {type(model).__name__}")
+    return model
+
+
+def texts(given: Any, what: str) -> tuple[str, ...]:
+    """Several texts as a tuple. Raises ValueError for a single one, for empty ones, and for what is no text."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"{what}: expected a list of texts, got {given!r}")
+    found = tuple(given)
+    for text in found:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{what}: expected texts that are not empty, got {text!r}")
+    return found
+
+
+def _device(name: str | None) -> str:
+    """Raises ValueError for a device that is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = str(name).partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use device='cpu'")
+    return str(name)
+
+
 def _decoded(image: Any, size: int) -> Tensor:
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "PNG")
         return decode(buffer.getvalue(), Transform(size=size))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return _decoded(Image.fromarray(image), size)
     if not isinstance(image, (str, Path)):
-        raise ValueError(f"images: expected paths, PIL images or a tensor, got {type(image).__name__}")
+        shape = f" {image.dtype} {image.shape}" if isinstance(image, np.ndarray) else ""
+        raise ValueError(f"images: {IMAGES}, got {type(image).__name__}{shape}")
     return photograph(Path(image), size)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cammask_fast.api.models import Model
+from cammask_fast.api.models import Model, as_model, texts
 from cammask_fast.checkpoint.source import find_checkpoint
 from cammask_fast.config import OptimConfig, TrainConfig, options_of
 from cammask_fast.data.factory import DataSubset, folders_of, names_of, open_evaluation, open_training
-from cammask_fast.data.iterables import IterableLoader, to_uint8
+from cammask_fast.data.iterables import IterableLoader, to_labels, to_uint8
 from cammask_fast.data.loaders.config import LoaderConfig
 from cammask_fast.data.transforms import Augment
 from cammask_fast.data.types import Batch, Loader
@@ -80,7 +80,10 @@ def fine_tune(
     Raises:
         ValueError: for unknown settings, data that cannot be used, or classes that do not fit.
     """
+    model = as_model(model)
     config = _config({"method": method, **settings})
+    if class_names:
+        class_names = texts(class_names, "class_names")
     data, validation = _folder_of(data), _folder_of(validation)
     if isinstance(data, str):
         opened = open_training(
@@ -91,9 +94,12 @@ def fine_tune(
         held_out: Loader | None = opened.validation
         names, folders = tuple(class_names) or opened.class_names, opened.class_folders
     else:
-        batches = IterableLoader(data, image_size=model.image_size, drop_last=True)
+        names = tuple(class_names) or model.class_names
+        if not names:
+            raise ValueError("class_names: this data does not name its classes, and the model has none")
+        batches = IterableLoader(data, image_size=model.image_size, classes=len(names), drop_last=True)
         config = replace(config, batch_size=batches.batch_size, accumulate=config.accumulate)
-        train_loader, held_out, names, folders = batches, None, tuple(class_names) or model.class_names, ()
+        train_loader, held_out, folders = batches, None, ()
         folders = names
     started = _with_data_classes(model, names, folders, renamed=bool(class_names))
     if validation is not None:
@@ -123,7 +129,7 @@ def evaluate(model: Model, data: Data) -> Scores:
     data: as for `fine_tune`, and ImageNet's family; a folder's classes must be the model's. Raises ValueError on data that
     cannot be used.
     """
-    data = _folder_of(data)
+    model, data = as_model(model), _folder_of(data)
     if isinstance(data, str) and model.classifier is None:
         folders = folders_of([data])
         model = _with_data_classes(model, folders if data == "texture-digits" else names_of(None, folders), folders)
@@ -153,7 +159,10 @@ def train_step(
     Raises:
         ValueError: for unknown settings, and for models that do not fit each other.
     """
-    ours, frozen = (m.with_head() if isinstance(m, Model) else m for m in (student, teacher))
+    ours, frozen = (
+        m if isinstance(m, Classifier) else as_model(m, what).with_head()
+        for m, what in ((student, "student"), (teacher, "teacher"))
+    )
     if ours.head.weight.shape != frozen.head.weight.shape:
         raise ValueError("student and teacher differ in their classes or width: use a copy of the student")
     config = _config({"method": method, "seed": seed, **settings})
@@ -162,11 +171,15 @@ def train_step(
     device = ours.head.weight.device
     stored = frozen.frozen_copy().stored_in(compute_dtype(config.precision, ours.head.weight))
     step, strategy = build_step(ours, stored, config), build_strategy(config)
-    generator, patches = torch.Generator(device).manual_seed(seed), ours.visual.config.patches
+    generator, patches = torch.Generator(device).manual_seed(config.seed), ours.visual.config.patches
+    size = ours.visual.config.image_size
 
     def run(images: Tensor, labels: Tensor) -> Losses:
         pixels = to_uint8(images).to(device)
-        batch = Batch(pixels, labels.to(device), torch.arange(len(labels), device=device))
+        if pixels.shape[1:3] != (size, size):
+            raise ValueError(f"images: this model takes {size} x {size} pixels, got {pixels.shape[1]} x {pixels.shape[2]}")
+        ids = torch.arange(len(pixels), device=device)
+        batch = Batch(pixels, to_labels(labels, images=len(pixels), classes=len(ours.head.weight)).to(device), ids)
         if config.cam_source == "teacher":
             batch = batch._replace(relevance=teacher_relevance(stored, batch.images, batch.labels, config))
         return step(batch, sample_step_randomness(strategy, batch, patches, generator))
@@ -211,8 +224,6 @@ def _folder_of(data: Data) -> Data:
 
 def _with_data_classes(model: Model, names: tuple[str, ...], folders: tuple[str, ...], *, renamed: bool = False) -> Model:
     """The model over the data's classes; renamed: the caller has named them. Raises ValueError where it already has others."""
-    if not names:
-        raise ValueError("class_names: this data does not name its classes, and the model has none")
     if model.classifier is None:
         return replace(model.with_classes(names), class_folders=folders)
     if names != model.class_names and (renamed or folders != model.class_folders):
@@ -224,7 +235,8 @@ def _with_data_classes(model: Model, names: tuple[str, ...], folders: tuple[str,
 
 def _evaluation_sets(model: Model, data: Data) -> dict[str, tuple[Loader, Tensor | None, int | None]]:
     if not isinstance(data, str):
-        return {"data": (IterableLoader(data, image_size=model.image_size), None, None)}
+        classes = len(model.with_head().head.weight)
+        return {"data": (IterableLoader(data, image_size=model.image_size, classes=classes), None, None)}
     opened = open_evaluation(
         [data], image_size=model.image_size, class_folders=model.class_folders, loader_config=LoaderConfig(device=model.device)
     )

@@ -16,11 +16,31 @@ from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import Taps
 
 CAMS = get_args(Cam)
+WITHOUT_GRAPH = (
+    "a class activation map needs the gradients of the logits: run the model outside torch.no_grad() and "
+    "torch.inference_mode(), on images or with weights that require gradients, or call `relevance_of`, which needs neither"
+)
+EMPTY_TAPS = "taps: expected those that were filled by the forward pass which gave the logits"
 
 
 def class_score(logits: Tensor, labels: Tensor) -> Tensor:
     """The scalar that both CAMs differentiate: the sum over the batch of each image's logit at its label."""
     return logits.gather(1, labels[:, None]).sum()
+
+
+def _gradients_of_score(logits: Tensor, labels: Tensor, taps: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Gradients at the taps. Raises ValueError for labels that do not fit, and where there is no graph from taps to logits."""
+    count, classes = logits.shape
+    if labels.dtype != torch.int64 or labels.shape != (count,):
+        raise ValueError(f"labels: expected int64 ({count},), got {labels.dtype} {tuple(labels.shape)}")
+    if count and labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels: expected 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+    if not logits.requires_grad or not all(tap.requires_grad for tap in taps):
+        raise ValueError(WITHOUT_GRAPH)
+    gradients = torch.autograd.grad(class_score(logits, labels), taps, retain_graph=True, allow_unused=True)
+    if any(gradient is None for gradient in gradients):
+        raise ValueError(EMPTY_TAPS)
+    return gradients
 
 
 def mm_cam(logits: Tensor, labels: Tensor, taps: Taps, *, start_layer: int = 0) -> Tensor:
@@ -38,10 +58,11 @@ def mm_cam(logits: Tensor, labels: Tensor, taps: Taps, *, start_layer: int = 0) 
     Raises:
         ValueError: start_layer is not a layer of the model.
     """
-    outputs = taps.outputs[start_layer:]
-    if not outputs:
+    if not taps.outputs:
+        raise ValueError(EMPTY_TAPS)
+    if not isinstance(start_layer, int) or not 0 <= start_layer < len(taps.outputs):
         raise ValueError(f"cam_start_layer: expected 0..{len(taps.outputs) - 1}, got {start_layer}")
-    gradients = torch.autograd.grad(class_score(logits, labels), outputs, retain_graph=True)
+    gradients = _gradients_of_score(logits, labels, taps.outputs[start_layer:])
     with torch.no_grad():
         return cls_rollout(taps, gradients)
 
@@ -71,15 +92,17 @@ def grad_cam(logits: Tensor, labels: Tensor, taps: Taps) -> Tensor:
     Returns:
         (N, P), not normalised; may be zero everywhere.
     """
-    assert taps.last_ln_1 is not None
-    (gradient,) = torch.autograd.grad(class_score(logits, labels), taps.last_ln_1, retain_graph=True)
+    if taps.last_ln_1 is None:
+        raise ValueError(EMPTY_TAPS)
+    (gradient,) = _gradients_of_score(logits, labels, [taps.last_ln_1])
     with torch.no_grad():
         return weighted_activation(taps, gradient)
 
 
 def weighted_activation(taps: Taps, gradient: Tensor) -> Tensor:
     """Grad-CAM's map from the gradient (N, L, D) at ln_1 of the last block."""
-    assert taps.last_ln_1 is not None
+    if taps.last_ln_1 is None:
+        raise ValueError(EMPTY_TAPS)
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     weights = gradient.sum(1, keepdim=True, dtype=dtype)  # (N, 1, D)
     return torch.relu((taps.last_ln_1.to(dtype) * weights).sum(-1))[:, 1:]
@@ -113,7 +136,8 @@ def relevance_of(
     if cam not in CAMS:
         raise ValueError(f"unknown cam {cam!r}; known: {', '.join(CAMS)}")
     taps = Taps()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        images, labels = (one.clone() if one.is_inference() else one for one in (images, labels))  # such have no graph
         pixels = normalise(images, dtype=dtype).requires_grad_(True)  # the taps of a frozen model need a graph, too
         logits = model(pixels, taps=taps).logits
         if cam == "grad-cam":

@@ -210,7 +210,7 @@ def _names(classes: Mapping[str, Mapping[str, int]], sources: Mapping[str, Image
     first = "train" if "train" in sources else next(iter(sources))
     folders = list(classes)
     return {
-        "nearly_empty": {name: count[first] for name, count in classes.items() if count[first] < NEARLY_EMPTY},
+        "nearly_empty": {name: classes[name][first] for name in sources[first].folders if classes[name][first] < NEARLY_EMPTY},
         "clashes": [[folders[index] for index in group] for group in twins(folders)],
         "unknown_classes": {
             name: [folder for folder in source.folders if folder not in sources[first].folders]

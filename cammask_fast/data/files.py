@@ -25,6 +25,25 @@ LITTER = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "sys
 """What operating systems leave in folders, in lower case; hidden files belong to it, too."""
 
 
+_KINDS = (
+    (b"version https://git-lfs", "a Git LFS pointer and not the file itself: run `git lfs pull`"),
+    (b"\x1f\x8b", "compressed by gzip: unpack it"),
+    (b"PK\x03\x04", "a zip archive: unpack it"),
+    (b"%PDF", "a PDF, which is not read: convert it to .jpg or .png"),
+)
+
+
+def kind_of(data: bytes) -> str:
+    """What the first bytes of something unreadable are, in words, or nothing."""
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head[:1] == b"<":
+        name = "an SVG drawing" if b"<svg" in head.lower() else "a page of HTML or XML, such as a download gives that failed"
+        return f"{name}, and no image"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+        return "a HEIC image, which is not read: convert it to .jpg or .png"
+    return next((text for start, text in _KINDS if head.startswith(start)), "")
+
+
 class Ignored:
     """Files and folders that are not used, by reason. harmless: by reasons that nobody needs to act on."""
 

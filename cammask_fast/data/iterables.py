@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from cammask_fast.data.types import Batch
@@ -13,15 +14,20 @@ from cammask_fast.data.types import Batch
 LAYOUTS = "uint8 (N, H, W, 3), uint8 (N, 3, H, W) or float (N, 3, H, W) in [0, 1]"
 
 
-def to_uint8(images: Tensor) -> Tensor:
+def to_uint8(images: Any) -> Tensor:
     """Images in any of the usual layouts as uint8 (N, H, W, 3).
 
     Args:
-        images: uint8 (N, H, W, 3), uint8 (N, 3, H, W), or float (N, 3, H, W) in [0, 1], not normalised.
+        images: uint8 (N, H, W, 3), uint8 (N, 3, H, W), or float (N, 3, H, W) in [0, 1], not normalised; a tensor or a NumPy
+            array.
 
     Raises:
-        ValueError: for other shapes and dtypes, and for floats outside [0, 1], which were probably normalised already.
+        ValueError: for other types, shapes and dtypes, and for floats outside [0, 1], which were probably normalised already.
     """
+    if isinstance(images, ndarray):
+        images = torch.as_tensor(images)
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images: expected a tensor, {LAYOUTS}, got {type(images).__name__}")
     channels_last = images.ndim == 4 and images.shape[-1] == 3
     channels_first = images.ndim == 4 and images.shape[1] == 3
     if not (channels_last or channels_first) or (images.dtype != torch.uint8 and not images.is_floating_point()):
@@ -36,22 +42,50 @@ def to_uint8(images: Tensor) -> Tensor:
     return images if channels_last else images.permute(0, 2, 3, 1).contiguous()
 
 
+def to_labels(labels: Any, *, images: int, classes: int | None = None) -> Tensor:
+    """Labels as int64 (N,).
+
+    Args:
+        labels: whole numbers, a tensor, an array or a list.
+        images: how many there must be.
+        classes: how many there are, if that is known; labels on a GPU are not compared with it, which would wait for the GPU.
+
+    Raises:
+        ValueError: for other types, shapes and values.
+    """
+    expected = f"labels: expected whole numbers, int ({images},)"
+    try:
+        found = torch.as_tensor(labels)
+    except (ValueError, TypeError, RuntimeError):
+        raise ValueError(f"{expected}, got {type(labels).__name__}") from None
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool or found.shape != (images,):
+        raise ValueError(f"{expected}, got {found.dtype} {tuple(found.shape)}")
+    if images and classes is not None and found.device.type == "cpu":
+        low, high = int(found.min()), int(found.max())
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels: expected 0 to {classes - 1} for the {classes} classes of the model, got {low} to {high}")
+    return found.long()
+
+
 class IterableLoader:
     """A loader over an iterable of (images, labels) that can be iterated once per epoch, as DataLoaders and lists can.
 
     Args:
         batches: yields images as `to_uint8` takes them, and int labels (N,).
         image_size: what the model takes; other sizes are refused.
+        classes: how many the model has, to refuse labels outside.
         drop_last: leave out a last batch that is smaller than the first (training).
 
     Raises:
         ValueError: when there are no batches, an iterator that is used up, or batches that do not fit.
     """
 
-    def __init__(self, batches: Iterable[Any], *, image_size: int, drop_last: bool = False):
+    def __init__(self, batches: Iterable[Any], *, image_size: int, classes: int | None = None, drop_last: bool = False):
+        if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
+            raise ValueError(f"data: expected a folder name or an iterable of (images, labels), got {type(batches).__name__}")
         if isinstance(batches, Iterator):
             raise ValueError("data: an iterator is used up after one epoch: give a list of batches or a DataLoader")
-        self.batches, self.image_size, self.drop_last, self.epoch = batches, image_size, drop_last, 0
+        self.batches, self.image_size, self.classes, self.drop_last, self.epoch = batches, image_size, classes, drop_last, 0
         sizes = [] if isinstance(batches, Sized) and not drop_last else [len(batch.labels) for batch in self._all()]
         self._count = len(self._kept(sizes)) if sizes else len(batches) if isinstance(batches, Sized) else 0
         if not self._count:
@@ -67,14 +101,13 @@ class IterableLoader:
         for number, pair in enumerate(self.batches):
             if not isinstance(pair, (tuple, list)) or len(pair) < 2:
                 raise ValueError(f"data: expected (images, labels), got {type(pair).__name__} as batch {number}")
-            images, labels = to_uint8(torch.as_tensor(pair[0])), torch.as_tensor(pair[1]).long()
+            images = to_uint8(pair[0])
             if images.shape[1:3] != (self.image_size, self.image_size):
                 height, width = images.shape[1:3]
                 raise ValueError(
                     f"images: this model takes {self.image_size} x {self.image_size} pixels, got {height} x {width}"
                 )
-            if labels.shape != (len(images),):
-                raise ValueError(f"labels: expected int ({len(images)},), got {tuple(labels.shape)}")
+            labels = to_labels(pair[1], images=len(images), classes=self.classes)
             yield Batch(images, labels, torch.arange(first, first + len(images)))
             first += len(images)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 from cammask_fast.data.class_names import some
 from cammask_fast.data.datasets.image_folder import scan
 from cammask_fast.data.datasets.webdataset import are_shards, open_shard_files, open_shards
-from cammask_fast.data.files import has_images, listing
+from cammask_fast.data.files import SUFFIXES, has_images, listing
 from cammask_fast.data.types import ImageSource
 from cammask_fast.runtime.notices import notice, remark
 
@@ -59,6 +60,9 @@ def find_splits(data: str) -> dict[str, Location]:
         if any(_could_be_class(one) for one in real):
             return {}
         notice(f"{data} has the splits {_spelled(real)}; other folders with images, not used: {len(beside)}, {some(beside)}")
+    loose = [name for name in sorted(os.listdir(root)) if _is_data(name)]
+    if loose:
+        notice(f"{data} has the splits {_spelled(real)}; images and shards beside them, not used: {len(loose)}, {some(loose)}")
     if "train" in whole:  # beside images for training, a split may be empty or lack class folders: its use is an error
         whole = {split: folders or named[split] for split, folders in whole.items()}
     for folders in whole.values():
@@ -93,6 +97,10 @@ def evaluation_location(data: str) -> Location:
     elif chosen == "test" and "train" in splits:
         remark(text)
     return splits[chosen]
+
+
+def _is_data(name: str) -> bool:
+    return name.lower().endswith((*SUFFIXES, ".tar")) and not name.startswith(".")
 
 
 def _spelled(locations: Iterable[Location | Path]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from cammask_fast.data.bit_depth import keep_deep, to_eight_bits
+from cammask_fast.data.files import kind_of
 from cammask_fast.data.warn import warn_once
 
 LONGEST = 16
@@ -34,6 +35,7 @@ TURNS = {
 EXACT_MODES = ("RGB", "L")
 RGB_COMPONENTS = [ord("R"), ord("G"), ord("B")]
 RAND_AUGMENT_BINS = 31
+_UNKNOWN = "cannot identify image file"  # PIL's words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +211,7 @@ def opened(data: bytes) -> Image.Image:
                 keep_deep(image, data)
             return image
     except Exception as error:  # damaged files raise anything from struct.error to DecompressionBombError
-        raise ValueError(_reason(error)) from None
+        raise ValueError(kind_of(data) if _UNKNOWN in str(error) and kind_of(data) else _reason(error)) from None
 
 
 def encoded_simply(image: Image.Image) -> bool:
@@ -354,6 +356,6 @@ def augmented(pixels: Tensor, draw: AugmentParams, augment: Augment) -> Tensor:
 
 def _reason(error: BaseException) -> str:
     text = str(error).splitlines()[0] if str(error) else ""
-    if "cannot identify image file" in text:
+    if _UNKNOWN in text:
         return "not an image in a known format"
     return text or type(error).__name__

@@ -28,10 +28,12 @@ def mask_share(relevance_NP: Tensor | None, strategy: Strategy, draws: MaskRando
     if strategy.selection == "random" and draws.uniform is not None:
         return (draws.uniform < (strategy.threshold or 0.0)).float().mean()
     if strategy.selection == "random":
-        assert draws.kept_tokens is not None
+        if draws.kept_tokens is None:
+            raise ValueError("draws: a random mask needs uniform or kept_tokens; use sample_mask_randomness")
         kept = draws.kept_tokens.shape[1] - 1
         return torch.full((), 1 - kept / patches, device=draws.kept_tokens.device)
-    assert relevance_NP is not None
+    if relevance_NP is None:
+        raise ValueError(f"relevance: expected (N, {patches}) for the {strategy.selection} mask, got None")
     if strategy.threshold is None:
         of_object = torch.full((), strategy.k(patches) / patches, device=relevance_NP.device)
     else:

@@ -74,7 +74,7 @@ def parse_strategy(name: str, *, upsample: str = "nearest") -> Strategy:
 
     Raises ValueError with the list of known strategies.
     """
-    match = _NAME.fullmatch(name.replace(" ", ""))
+    match = _NAME.fullmatch(name.replace(" ", "")) if isinstance(name, str) else None
     if match is None:
         raise ValueError(f"unknown masking strategy {name!r}; {known_strategies()}")
     selection, fill, top, value, percent = match.groups()

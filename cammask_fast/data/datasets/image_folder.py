@@ -72,6 +72,8 @@ def scan(root: Path) -> ImageFolder:
     images) is told with a count; symbolic links are followed, but not in circles. Names that are not UTF-8 are escaped. Raises
     ValueError when the folder is missing or holds no images in class folders.
     """
+    if root.is_file():
+        raise ValueError(f"{root} is a file: expected a folder of class folders, or shards whose names end in .tar")
     if not root.is_dir():
         raise ValueError(f"no folder at {root}: expected FOLDER/train/<class>/*.jpg or FOLDER/<class>/*.jpg{_there(root)}")
     ignored = Ignored()

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cammask_fast.data.files import SUFFIXES
+from cammask_fast.data.files import SUFFIXES, kind_of
 
 INDEX = ".index.json"
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 NO_LABEL = "no label: expected .cls with a number or a class's name, or .json with label or cls"
 DOT = "the key ends at the first dot of a member's name, and these follow it"
 HIDDEN = "ignored hidden members"
@@ -111,7 +111,7 @@ def _read_index(shard: Path, file_size: int) -> ShardIndex:
                     continue
                 if member.offset_data + member.size > file_size:
                     raise tarfile.ReadError("unexpected end of data")
-                folder, _, base = member.name.rpartition("/")
+                folder, _, base = member.name.removeprefix("./").rpartition("/")
                 key, _, extension = base.partition(".")
                 if not key or "__MACOSX" in folder.split("/"):
                     notes[HIDDEN] += 1
@@ -124,7 +124,9 @@ def _read_index(shard: Path, file_size: int) -> ShardIndex:
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end mark")
     except Exception as error:  # tarfile raises a dozen kinds on damaged headers
-        faults.append((str(shard), f"cut off or damaged after {len(members)} samples ({error})"))
+        with open(shard, "rb") as file:
+            kind = kind_of(file.read(512)) if not members else ""
+        faults.append((str(shard), f"no tar: {kind}" if kind else f"cut off or damaged after {len(members)} samples ({error})"))
     samples = []
     with open(shard, "rb", buffering=0) as file:
         for key, parts in members.items():
@@ -154,9 +156,13 @@ def _sample(parts: dict[str, Member], file: int, notes: Counter[str]) -> tuple[M
         notes[f"samples with more than one image, of which .{images[0]} is used and not .{images[1]}"] += 1
     if not labels:
         return NO_LABEL
-    offset, size = parts[labels[0]]
-    label = _label(labels[0], os.pread(file, min(size, 1 << 20), offset))
-    return NO_LABEL if label is None else (parts[images[0]], label)
+    found = [os.pread(file, min(parts[kind][1], 1 << 20), parts[kind][0]) for kind in labels]
+    label, others = _label(labels[0], found[0]), {_label(*one) for one in zip(labels[1:], found[1:], strict=True)}
+    if label is None:
+        return f"{NO_LABEL}; .{labels[0]} holds {found[0][:40].decode('utf-8', 'backslashreplace').strip()!r}"
+    if others - {None, label}:
+        notes[f"samples whose labels differ, of which .{labels[0]} is used and not .{labels[1]}"] += 1
+    return parts[images[0]], label
 
 
 def _dots(kind: str) -> int:
@@ -178,6 +184,6 @@ def _label(kind: str, data: bytes) -> int | str | None:
             name = found.strip()
             return name if 0 < len(name) <= LONGEST_NAME and name.isprintable() else None
         label = int(found)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
-    return label if 0 <= label < 1 << 31 and not isinstance(found, float) else None
+    return label if 0 <= label < 1 << 31 and (isinstance(found, str) or label == found) else None
