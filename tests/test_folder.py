@@ -129,6 +129,9 @@ def test_class_subsets_are_labelled_in_the_order_asked_for(tmp_path: Path) -> No
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no folder at"):
         scan(tmp_path / "missing")
+    (tmp_path / "file.jpg").touch()
+    with pytest.raises(ValueError, match=r"file\.jpg is a file: expected a folder of class folders"):
+        scan(tmp_path / "file.jpg")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images in class folders"):
         scan(tmp_path / "empty")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import time
@@ -95,6 +96,39 @@ def test_labels_as_text(tmp_path: Path) -> None:
     fewer = open_shards(str(tmp_path / "json"))
     assert classes_of(fewer) == ["cat", "owl"]
     assert "label dog, and " in fewer.faults[0][1]
+
+
+def test_whole_floats_are_numbers_and_what_is_no_label_is_quoted(tmp_path: Path) -> None:
+    values = (1.0, 0.0, 0.5, -1, True, None, float("inf"))
+    shards = opened(tmp_path, labelled([json.dumps({"label": value}).encode() for value in values], "json"))
+    assert dict(zip(shards.keys, shards.labels.tolist(), strict=True)) == {"0": 1, "1": 0, "4": 1}
+    assert [reason.partition("; ")[2] for _, reason in shards.faults] == [
+        f".json holds '{{\"label\": {text}}}'" for text in ("0.5", "-1", "null", "Infinity")
+    ]
+
+
+def test_two_labels_that_differ_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = labelled([b"0", b"1", b"1"])
+    members |= {"0.json": b'{"label": 1}', "1.json": b'{"label": 1}', "2.json": b'{"caption": "a dog"}'}
+    assert opened(tmp_path, members).labels.tolist() == [0, 1, 1]
+    said = capsys.readouterr().err
+    assert "samples whose labels differ, of which .cls is used and not .json: 1" in said
+    assert said.count("\n") == 1
+
+
+def test_a_path_may_begin_with_a_dot(tmp_path: Path) -> None:
+    assert opened(tmp_path, {"./x/a.jpg": jpeg(0), "x/a.cls": b"0"}).keys == ("x/a",)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(gzip.compress(b"tar"), "no tar: compressed by gzip"), (b"version https://git-lfs.github.com/spec/v1", "git lfs pull")],
+    ids=["gzip", "lfs"],
+)
+def test_what_is_no_tar_is_named(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "0.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=reason):
+        open_shards(str(tmp_path / "0.tar"))
 
 
 def test_labels_that_start_at_one(tmp_path: Path) -> None:

@@ -212,8 +212,19 @@ def test_extreme_shapes(width: int, height: int) -> None:
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"", "empty"), (b"hello", "known format"), (encoded(Image.new("RGB", (64, 64)))[:60], ""), (b"\xff\xd8\xff" * 9, "")],
-    ids=["empty", "text", "cut", "markers"],
+    [
+        (b"", "empty"),
+        (b"hello", "known format"),
+        (encoded(Image.new("RGB", (64, 64)))[:60], ""),
+        (b"\xff\xd8\xff" * 9, ""),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "^a Git LFS pointer .* `git lfs pull`$"),
+        (b"\n<!DOCTYPE html><html>404", "^a page of HTML or XML"),
+        (b"<?xml?><svg/>", "^an SVG drawing, and no image$"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), "^a HEIC image, which is not read: convert it"),
+        (b"\x1f\x8b\x08" + bytes(99), "^compressed by gzip"),
+        (b"PK\x03\x04" + bytes(99), "^a zip archive"),
+    ],
+    ids=["empty", "text", "cut", "markers", "lfs", "html", "svg", "heic", "gzip", "zip"],
 )
 def test_damage_is_a_reason_in_words(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
