@@ -49,7 +49,20 @@ def main(options: argparse.Namespace) -> int:
 
 
 def measure(arch: str, batch: int, saves: int, folder: Path) -> dict[str, Any]:
-    """The record: medians over `saves`."""
+    """Measure what checkpoints cost a training step.
+
+    Args:
+        arch: name of the architecture.
+        batch: images per step.
+        saves: checkpoints to write.
+        folder: where they are written.
+
+    Returns:
+        The record; seconds are medians over `saves`.
+
+    Raises:
+        ValueError: a checkpoint could not be written.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vit, config = vit_config(arch), TrainConfig(method="masked-object", batch_size=batch)
     student, teacher = models(vit, device)

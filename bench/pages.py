@@ -79,7 +79,20 @@ def main(options: argparse.Namespace) -> int:
 
 
 def fill(text: str, name: str, section: str, *, page: str = "page") -> str:
-    """Replace what stands between `<!-- name:begin -->` and `<!-- name:end -->`. Raises ValueError without one of each."""
+    """Replace what stands between `<!-- name:begin -->` and `<!-- name:end -->`.
+
+    Args:
+        text: of the page.
+        name: of the section.
+        section: its new text.
+        page: name for the message.
+
+    Returns:
+        The new text of the page.
+
+    Raises:
+        ValueError: the page does not have one of each marker, in this order.
+    """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{page}: expected one {begin} and one {end} after it")

@@ -17,18 +17,51 @@ LIMIT = 150.0
 
 
 def command(argv: Sequence[object], *, ranks: int = 1, restarts: int = 0) -> list[str]:
-    """`cammask ARGV`, under torchrun where there are several ranks."""
+    """The words of a `cammask` command.
+
+    Args:
+        argv: of `cammask`.
+        ranks: processes; several are started by torchrun.
+        restarts: how often torchrun restarts them.
+
+    Returns:
+        A list for `subprocess`.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
     return [sys.executable, *(torchrun if ranks > 1 else []), "-m", "cammask_fast", *map(str, argv)]
 
 
 def run(argv: Sequence[object], *, ranks: int = 1, restarts: int = 0, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
-    """To its end, in at most `limit` seconds."""
+    """Run a `cammask` command to its end.
+
+    Args:
+        argv: of `cammask`.
+        ranks: processes; several are started by torchrun.
+        restarts: how often torchrun restarts them.
+        limit: seconds.
+
+    Returns:
+        Exit code and output.
+
+    Raises:
+        subprocess.TimeoutExpired: after `limit` seconds.
+    """
     words = command(argv, ranks=ranks, restarts=restarts)
     return subprocess.run(words, capture_output=True, text=True, timeout=limit, check=False)
 
 
 def start(argv: Sequence[object], *, ranks: int = 1, restarts: int = 0, log: Path) -> subprocess.Popen[bytes]:
+    """Start a `cammask` command.
+
+    Args:
+        argv: of `cammask`.
+        ranks: processes; several are started by torchrun.
+        restarts: how often torchrun restarts them.
+        log: file to which output is appended.
+
+    Returns:
+        The process.
+    """
     with log.open("ab") as file:
         return subprocess.Popen(command(argv, ranks=ranks, restarts=restarts), stdout=file, stderr=file)
 

@@ -40,7 +40,17 @@ def spread(times: Sequence[float]) -> Spread:
 def interleaved(
     functions: Mapping[str, Function], *, repeats: int, warmup: int = 2, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Spread]:
-    """Time functions in turn, round by round, so that a disturbance of the machine meets all of them."""
+    """Time functions in turn, round by round, so that a disturbance of the machine affects all of them.
+
+    Args:
+        functions: by name.
+        repeats: timed rounds.
+        warmup: rounds before them.
+        clock: seconds, for tests.
+
+    Returns:
+        Quantiles of the seconds by name.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(warmup + repeats):
         for name, function in functions.items():
@@ -101,7 +111,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def show(records: Sequence[Mapping[str, Any]], table: str, *, as_json: bool, out: Path | None) -> None:
-    """Print records as JSON lines or as a table, and write the lines to a file."""
+    """Print records as JSON lines or as a table, and write the lines to a file.
+
+    Args:
+        records: JSON values.
+        table: of the records.
+        as_json: print the lines instead of the table.
+        out: file for the lines, or None.
+    """
     lines = "".join(json.dumps(record) + "\n" for record in records)
     print(lines if as_json else table, end="" if as_json else "\n")
     if out is not None:

@@ -66,7 +66,16 @@ def work_of(arch: str) -> Work:
 
 
 def seconds(work: Work, gpus: int, batch: int) -> tuple[float, float, float]:
-    """A step's computation, its all-reduce, and what of the latter sticks out, with `batch` images per GPU."""
+    """Model a training step on several GPUs.
+
+    Args:
+        work: FLOPs and parameters of a model.
+        gpus: their number.
+        batch: images per GPU.
+
+    Returns:
+        Seconds of computation, of the all-reduce, and of that part of the all-reduce that is not hidden by computation.
+    """
     step = batch * work.flops / (PEAK * SHARE)
     size = 4 * work.parameters
     inside, nodes = min(gpus, NODE), max(1, gpus // NODE)

@@ -67,7 +67,19 @@ def table(record: dict[str, object]) -> str:
 
 
 def soak(folder: Path, *, minutes: float, seed: int) -> dict[str, object]:
-    """Run, disturb, compare. Returns the record."""
+    """Train, disturb a second run of the same training, and compare the two.
+
+    Args:
+        folder: for images and runs.
+        minutes: that the disturbed run should last.
+        seed: of images and faults.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: the undisturbed run fails or takes more than all the minutes.
+    """
     begun = time.monotonic()
     generator = random.Random(seed)
     data = write_images(folder / "images", generator)
@@ -117,9 +129,17 @@ def soak(folder: Path, *, minutes: float, seed: int) -> dict[str, object]:
 
 
 def plan(faults: int, steps: int, generator: random.Random) -> list[tuple[int, str]]:
-    """(step, kind) of every fault: each kind once before any comes again, and steps to recover in after each.
+    """Choose the faults: each kind once before any comes again, and steps to recover in after each.
 
-    However slow the machine, the first of every kind are made: a soak that ends early still says something of all of them.
+    On a slow machine, too, the first of every kind are made: a soak that ends early still says something about all of them.
+
+    Args:
+        faults: their number.
+        steps: of the run.
+        generator: of the random choices.
+
+    Returns:
+        Step and kind of every fault.
     """
     apart = (steps - 10) // faults
     kinds: list[str] = []

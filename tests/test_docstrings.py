@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = [
     path
-    for folder in ("cammask_fast", "kernels")
+    for folder in ("cammask_fast", "kernels", "bench")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if path.relative_to(ROOT).parts[:2] != ("cammask_fast", "kernels")  # a link
 ]

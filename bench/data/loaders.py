@@ -67,7 +67,17 @@ def main(options: argparse.Namespace) -> int:
 
 
 def epochs(root: Path, source: ImageSource, workers: int, report: Path) -> dict[str, Epoch]:
-    """A function per provider that iterates one epoch of uint8 image batches, every file equally often and in order."""
+    """The loaders to compare, over every file equally often and in order.
+
+    Args:
+        root: folder of the images.
+        source: the same images.
+        workers: processes or threads of each loader.
+        report: file for unreadable images.
+
+    Returns:
+        By provider, a function that iterates one epoch of uint8 image batches.
+    """
     times = -(-LEAST_IMAGES // len(source))
     repeated = source.subset(torch.arange(len(source)).repeat(times))
 
@@ -89,7 +99,17 @@ def epochs(root: Path, source: ImageSource, workers: int, report: Path) -> dict[
 
 
 def race(root: Path, source: ImageSource, *, workers: int, repeats: int) -> list[dict[str, Any]]:
-    """A record per provider: epochs in turn, after a first one of each in which workers start and files are cached."""
+    """Time epochs of all loaders in turn, after a first one of each in which workers start and files are cached.
+
+    Args:
+        root: folder of the images.
+        source: the same images.
+        workers: processes or threads of each loader.
+        repeats: timed epochs per loader.
+
+    Returns:
+        A record per provider.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

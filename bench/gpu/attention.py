@@ -46,7 +46,16 @@ SHAPES = (
 
 
 def inputs(shape: Shape, batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (N, A, L, d) in bfloat16 as views of a packed projection, as in the model."""
+    """Seeded q, k and v as views of a packed projection, as in the model.
+
+    Args:
+        shape: heads, tokens and queries.
+        batch: images, N.
+        device: of the tensors.
+
+    Returns:
+        bfloat16 (N, A, queries, d), (N, A, L, d) and (N, A, L, d).
+    """
     generator = torch.Generator(device).manual_seed(0)
     width = shape.heads * HEAD_WIDTH
     packed = torch.randn(batch, shape.length, 3 * width, generator=generator, device=device).to(torch.bfloat16)
@@ -55,8 +64,20 @@ def inputs(shape: Shape, batch: int, device: str) -> tuple[Tensor, Tensor, Tenso
 
 
 def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
-    """The error of the last images against float64. Raises ValueError unless it is at most twice that of PyTorch's plain
-    formula in the same type."""
+    """Compare the last images with float64.
+
+    Args:
+        out: the backend's result, (N, A, queries, d).
+        q: (N, A, queries, d).
+        k: (N, A, L, d).
+        v: (N, A, L, d).
+
+    Returns:
+        The relative errors of the backend and of PyTorch's plain formula.
+
+    Raises:
+        ValueError: the error is more than twice that of the plain formula in the same dtype.
+    """
     q, k, v = (tensor[-COMPARED:] for tensor in (q, k, v))
 
     def plain(dtype: torch.dtype) -> Tensor:
@@ -71,7 +92,22 @@ def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
 
 
 def measure(shape: Shape, backend: str, timer: CudaTimer, *, batch: int = BATCH, device: str = "cuda") -> dict[str, Any]:
-    """Seconds of the forward and of forward with backward. Raises RuntimeError where the backend does not take the shape."""
+    """Time one backend on one shape.
+
+    Args:
+        shape: heads, tokens and queries.
+        backend: key of `BACKENDS`.
+        timer: measures calls on the device.
+        batch: images.
+        device: of the tensors.
+
+    Returns:
+        Errors, and seconds and FLOP/s of forward and backward.
+
+    Raises:
+        RuntimeError: the backend does not take the shape.
+        ValueError: its result is wrong.
+    """
     q, k, v = (tensor.requires_grad_() for tensor in inputs(shape, batch, device))
     chosen = BACKENDS[backend]
     gradient = torch.randn_like(q)

@@ -48,7 +48,16 @@ def images(count: int = FILES) -> Path:
 
 
 def loading(loader: str, share: float, folder: Path) -> LoaderConfig:
-    """loader: `dali` or `torch`. share: of the JPEGs that DALI gives to the hardware decoder."""
+    """Loader options of a case.
+
+    Args:
+        loader: `dali` or `torch`.
+        share: of the JPEGs that DALI gives to the hardware decoder, 0 to 1.
+        folder: for the list of unreadable images.
+
+    Returns:
+        The settings.
+    """
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     return LoaderConfig(kind=loader, workers=workers, device=DEVICE, report=folder / "bad.tsv", hardware_share=share)
 
@@ -94,7 +103,20 @@ def training(arch: str, batches: Iterator[Batch]) -> dict[str, float]:
 
 
 def run(*, what: str, loader: str, arch: str = "", share: float = HARDWARE_SHARE) -> dict[str, Any]:
-    """Decoding alone, or training with `arch`. Raises Skipped where the step cannot fit."""
+    """Measure decoding alone, or training that is fed by a loader.
+
+    Args:
+        what: `decode` or `train`, for the record.
+        loader: `dali` or `torch`.
+        arch: model to train; empty: decoding alone.
+        share: of the JPEGs that DALI gives to the hardware decoder, 0 to 1.
+
+    Returns:
+        The record.
+
+    Raises:
+        Skipped: the training step does not fit into the free memory.
+    """
     free, _ = torch.cuda.mem_get_info()
     if arch and not memory.fitting("ours-compiled", arch, [BATCH], free):
         raise Skipped(

@@ -80,7 +80,17 @@ class Meter(NamedTuple):
 
 
 def build(op: str, arch: str, batch: int, device: torch.device) -> Work:
-    """Seeded inputs at a model's shapes, bfloat16 where the training step has it."""
+    """Seeded inputs of an op at a model's shapes, bfloat16 where the training step has it.
+
+    Args:
+        op: name, and after a blank its mode.
+        arch: key of `PATCH_SIZES`.
+        batch: images.
+        device: of the inputs.
+
+    Returns:
+        Implementations, inputs, gold results and counts of the op.
+    """
     name, _, mode = op.partition(" ")
     generator = torch.Generator(device).manual_seed(0)
     size = PATCH_SIZES[arch]
@@ -171,7 +181,19 @@ def compare(outputs: Sequence[Tensor], work: Work) -> None:
 
 
 def measure(case: Case, work: Work, meter: Meter) -> dict[str, Any]:
-    """The record of one case. Raises ValueError on wrong output."""
+    """Check and time one case.
+
+    Args:
+        case: op, model, batch and provider.
+        work: from `build`.
+        meter: measures time and memory.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: the output is wrong.
+    """
     implementation = work.ours if case.provider == "triton" else work.reference
     if case.provider == "compiled":
         torch._dynamo.reset()
@@ -206,8 +228,20 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def run(*, op: str, arch: str, providers: Sequence[str], batches: Sequence[int] = BATCHES) -> Iterator[dict[str, Any]]:
-    """A record per batch and provider; one that cannot be measured is a record with `error`. Raises RuntimeError where the
-    device is lost."""
+    """Check and time an op.
+
+    Args:
+        op: name, and after a blank its mode.
+        arch: key of `PATCH_SIZES`.
+        providers: `triton`, `reference`, `compiled`.
+        batches: numbers of images.
+
+    Yields:
+        A record per batch and provider; one that cannot be measured has an `error`.
+
+    Raises:
+        RuntimeError: the device is lost.
+    """
     meter = cuda_meter()
     for batch in batches:
         work = build(op, arch, batch, meter.device)
@@ -217,7 +251,19 @@ def run(*, op: str, arch: str, providers: Sequence[str], batches: Sequence[int] 
 
 
 def measured(case: Case, work: Work, meter: Meter) -> dict[str, Any]:
-    """The record of a case, or why there is none."""
+    """Check and time one case, and go on where it fails.
+
+    Args:
+        case: op, model, batch and provider.
+        work: from `build`.
+        meter: measures time and memory.
+
+    Returns:
+        The record; with `error` instead of times where it failed.
+
+    Raises:
+        Exception: a CUDA error, after which this process cannot use the device.
+    """
     try:
         return measure(case, work, meter) | meter.environment
     except Exception as error:  # the other providers are still worth measuring

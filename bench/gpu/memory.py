@@ -44,8 +44,19 @@ EAGER_IN_FLOAT32 = Cost(20.1, 2 * 37.9, 6.75)
 
 
 def step_bytes(provider: str, arch: str, batch: int) -> float:
-    """That a training step holds at its peak, without CUDA's own. The clean pass, over all tokens, decides: a method whose
-    masked pass drops some needs as much (B/16 at 256 images by count: 18.95 GB with all, 19.45 GB with half of them)."""
+    """Bytes that a training step holds at its peak, without CUDA's own.
+
+    The clean pass, over all tokens, decides: a method whose masked pass drops some needs as much (B/16 at 256 images by count:
+    18.95 GB with all, 19.45 GB with half of them).
+
+    Args:
+        provider: of the step.
+        arch: key of `ARCHS`.
+        batch: images.
+
+    Returns:
+        Bytes.
+    """
     vit, cost = ARCHS[arch], COSTS.get(provider, EAGER_IN_FLOAT32)
     tokens = vit.patches + 1
     per_image = vit.layers * (tokens * vit.width * cost.per_channel + vit.heads * tokens**2 * cost.per_score)
@@ -53,10 +64,29 @@ def step_bytes(provider: str, arch: str, batch: int) -> float:
 
 
 def needed(provider: str, arch: str, batch: int) -> float:
-    """Bytes that must be free on the card before such a step is started."""
+    """Bytes that must be free on the card before a training step is started.
+
+    Args:
+        provider: of the step.
+        arch: key of `ARCHS`.
+        batch: images.
+
+    Returns:
+        Bytes.
+    """
     return SLACK * step_bytes(provider, arch, batch) + CONTEXT
 
 
 def fitting(provider: str, arch: str, batches: Sequence[int], free: float) -> list[int]:
-    """Those of the batches that a card with `free` bytes can hold, in their order."""
+    """The batches that a card can hold.
+
+    Args:
+        provider: of the step.
+        arch: key of `ARCHS`.
+        batches: numbers of images.
+        free: bytes on the card.
+
+    Returns:
+        Those that fit, in their order.
+    """
     return [batch for batch in batches if needed(provider, arch, batch) <= free]

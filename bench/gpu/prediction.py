@@ -55,8 +55,18 @@ class Prediction(NamedTuple):
 
 
 def predict(arch: str, method: str, batch: int, *, matrix_rate: float, copy_rate: float) -> Prediction | None:
-    """Of our compiled step in bf16; None where its work is not counted. matrix_rate: bf16 FLOP/s. copy_rate: bytes/s, read and
-    written, both as measured on the card."""
+    """Predict the time of our compiled step in bf16.
+
+    Args:
+        arch: name of the architecture.
+        method: key of `METHODS`.
+        batch: images.
+        matrix_rate: bf16 FLOP/s, as measured on the card.
+        copy_rate: bytes/s, read and written, as measured on the card.
+
+    Returns:
+        Seconds of the step and its parts; None where its work is not counted.
+    """
     work = COUNTED.get((arch, method))
     if work is None:
         return None

@@ -34,8 +34,16 @@ Execute = Callable[[Case, Path, float], dict[str, Any]]
 
 
 def execute(case: Case, out: Path, limit: float) -> dict[str, Any]:
-    """Run a case in its process, with what it prints at the end of DIR/log.txt. A process that is still there after `limit`
-    seconds is killed with its children."""
+    """Run a case in a process of its own; what it prints is appended to `log.txt`.
+
+    Args:
+        case: what to run.
+        out: folder of the records and the log.
+        limit: seconds, after which the process is killed with its children.
+
+    Returns:
+        How it ended.
+    """
     with tempfile.TemporaryDirectory() as folder, (out / "log.txt").open("ab") as log:
         log.write(f"\n==== {case.name}\n".encode())
         log.flush()
@@ -88,15 +96,23 @@ def run(
     execute: Execute = execute,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Run the cases that no earlier call has ended, in their order, within `seconds`.
+    """Run the cases that no earlier call has ended, in their order.
+
+    A case for which no time is left is recorded as not run; a later, shorter one may still be run, and the next call begins
+    with those that were left out.
 
     Args:
+        cases: what to run.
+        out: folder of the records and the log.
+        seconds: for everything.
         part_seconds: of all cases of a part together, where that has a limit of its own.
         free: bytes of memory on the GPU; a case that needs more is skipped.
         environment: of the machine, for the records.
+        execute: runs one case.
+        clock: seconds, for tests.
 
-    Returns: 0, or 1 after a case that failed. A case for which no time is left is recorded as not run; a later, shorter one may
-        still be run, and the next call begins with those that were left out.
+    Returns:
+        0, or 1 after a case that failed.
     """
     started, spent, done, code = clock(), dict.fromkeys(part_seconds or {}, 0.0), ended(out), 0
     for case in cases:

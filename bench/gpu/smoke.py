@@ -46,7 +46,17 @@ class Course(NamedTuple):
 
 
 def course(config: TrainConfig, *, device: str = "cpu", dtype: torch.dtype = torch.float32, compiled: bool = False) -> Course:
-    """The same steps on the same batches and draws wherever they run. dtype: of the master weights."""
+    """Train a small model on seeded batches and draws, the same wherever they run.
+
+    Args:
+        config: settings of the method.
+        device: of the model.
+        dtype: of the master weights.
+        compiled: use the compiled step.
+
+    Returns:
+        Losses of all steps and the optimiser's first moments after the last.
+    """
     torch.manual_seed(0)
     teacher = Classifier(VisionTransformer(VIT), torch.randn(CLASSES, VIT.output_dim))
     student = teacher.frozen_copy().train()

@@ -41,8 +41,16 @@ def rates(precision: str) -> tuple[float, float]:
 
 
 def step_times(run: Function, repeats: int, *, quiet: bool) -> tuple[list[float], list[float]]:
-    """Seconds from step to step on the device, without a wait between them, and seconds that Python takes to start each. quiet:
-    a synchronisation inside a step is an error."""
+    """Time steps that follow each other without a wait in between.
+
+    Args:
+        run: a step.
+        repeats: number of steps.
+        quiet: make a synchronisation inside a step an error.
+
+    Returns:
+        Seconds from step to step on the device, and seconds that Python takes to start each.
+    """
     events, host = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)], []
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error" if quiet else "default")
@@ -60,9 +68,18 @@ def step_times(run: Function, repeats: int, *, quiet: bool) -> tuple[list[float]
 
 
 def measure(race: Race, provider: str, run: Function, speed: tuple[float, float]) -> dict[str, Any]:
-    """Seconds, memory, compile time, attention's backend and the prediction of one provider, of which `run` is a step.
-    activation_mb: the peak beyond the gradients and what is held between steps (weights, eagerly also in the type of the
-    products, optimiser state, batch)."""
+    """Measure the step of one provider.
+
+    Args:
+        race: model, method and batch.
+        provider: of the step.
+        run: a step.
+        speed: the card's matrix and copy rates.
+
+    Returns:
+        Seconds, memory, compile time, attention's backend and the prediction. `activation_mb` is the peak beyond the gradients
+        and what is held between steps (weights, eagerly also in the compute dtype, optimiser state, batch).
+    """
     started = time.perf_counter()
     run()
     torch.cuda.synchronize()
@@ -94,7 +111,16 @@ def measure(race: Race, provider: str, run: Function, speed: tuple[float, float]
 
 
 def profile(race: Race, run: Function, copy_rate: float) -> dict[str, Any]:
-    """The longest kernels of a step, seconds by class, and the compiler's kernels against the bytes counted for them."""
+    """Profile a step.
+
+    Args:
+        race: model, method and batch.
+        run: a step.
+        copy_rate: bytes/s, as measured on the card.
+
+    Returns:
+        The longest kernels, seconds by class, and the compiler's kernels against the bytes counted for them.
+    """
     found = profiled(run)
     classes = summary(found.kernels)
     record: dict[str, Any] = {
@@ -124,8 +150,27 @@ def run(
     with_stages: bool = False,
     rates: Rates = rates,
 ) -> Iterator[dict[str, Any]]:
-    """A record of the largest of the batches that the card holds. Raises Skipped where none can fit by the static model, and
-    torch.OutOfMemoryError where none does."""
+    """Measure a step at the largest batch that the card holds.
+
+    Args:
+        provider: of the step.
+        arch: key of `ARCHS`.
+        mode: method, a key of `METHODS`.
+        batches: numbers of images, the largest first.
+        op: of the record.
+        compile: mode of the compiled step.
+        precision: of the step.
+        with_profile: add a record of the longest kernels.
+        with_stages: add seconds per stage.
+        rates: measures the card's matrix and copy rates.
+
+    Yields:
+        The records.
+
+    Raises:
+        Skipped: no batch can fit by the static model.
+        torch.OutOfMemoryError: no batch fits.
+    """
     config = TrainConfig(method=mode, compile=compile, precision=precision)
     race = Race(arch=arch, config=config, batch=batches[0], device="cuda")
     set_matmul_precision(resolve(precision, race.device))

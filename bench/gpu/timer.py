@@ -39,7 +39,16 @@ class Timed(NamedTuple):
 
 
 def per_call(with_calls: float, without: float, calls: int) -> float:
-    """Seconds of a call from those of a graph with calls and of the same graph without them."""
+    """Seconds of a call.
+
+    Args:
+        with_calls: seconds of a graph with the calls.
+        without: seconds of the same graph without them.
+        calls: their number.
+
+    Returns:
+        Seconds.
+    """
     return (with_calls - without) / calls
 
 

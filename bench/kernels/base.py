@@ -59,10 +59,18 @@ def _git(*arguments: str, ref: str) -> str:
 
 
 def build(op: str, case: Case, package: Path) -> Callable[[], object]:
-    """In a process of its own: our side of a benchmark, with the `cammask_fast` that this process imports.
+    """Build our side of a benchmark, in a process of its own, with the `cammask_fast` that this process imports.
+
+    Args:
+        op: benchmark, of `OPS`.
+        case: sizes of the inputs.
+        package: tree whose `cammask_fast` must have been imported.
+
+    Returns:
+        The function to time.
 
     Raises:
-        ValueError: that is not the one in `package`.
+        ValueError: another tree's `cammask_fast` was imported.
     """
     import cammask_fast
     from bench.kernels import cpu
@@ -78,13 +86,16 @@ def build(op: str, case: Case, package: Path) -> Callable[[], object]:
 
 
 def records(ref: str, cases: Sequence[Case], *, repeats: int, ops: Sequence[str] = OPS) -> list[dict[str, Any]]:
-    """A record per benchmark, case and tree.
+    """Time the benchmarks at this tree and at another commit, in turn.
 
     Args:
         ref: the other commit, as git names it.
         cases: sizes of the inputs.
         repeats: rounds, in each of which every function is called once.
         ops: benchmarks.
+
+    Returns:
+        A record per benchmark, case and tree.
 
     Raises:
         ValueError: there is no such commit, or its kernels cannot run today's benchmark.

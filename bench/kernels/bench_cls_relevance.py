@@ -25,7 +25,18 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU path is
 
 
 def layer(count: int, length: int, heads: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(relevance, q, k, v, grad_out); q, k, v are views of a packed projection."""
+    """Seeded inputs of one layer; q, k and v are views of a packed projection.
+
+    Args:
+        count: images, N.
+        length: tokens, L.
+        heads: A.
+        device: of the tensors.
+        dtype: of q, k, v and grad_out.
+
+    Returns:
+        relevance, q, k, v and grad_out.
+    """
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(count, length, 3 * heads * WIDTH, generator=generator).to(device, dtype)
     q, k, v = (part.unflatten(-1, (heads, WIDTH)).transpose(1, 2) for part in packed.chunk(3, -1))
@@ -34,14 +45,27 @@ def layer(count: int, length: int, heads: int, device: str, dtype: torch.dtype) 
 
 
 def check(ours: Tensor, inputs: tuple[Tensor, ...], pytorch: Tensor) -> None:
-    """Error against float64 at most twice PyTorch's in the same dtype, plus one float32 epsilon of the largest value."""
+    """Assert that the error against float64 is at most twice PyTorch's in the same dtype, plus one float32 epsilon of the
+    largest value.
+
+    Args:
+        ours: the kernel's result.
+        inputs: from `layer`.
+        pytorch: the reference's result in the same dtype.
+    """
     gold = reference_cls_relevance(*(x[:2].double() for x in inputs))
     error, allowed = ((x[:2].double() - gold).abs().max().item() for x in (ours, pytorch))
     assert error <= 2 * allowed + torch.finfo(torch.float32).eps * gold.abs().max().item()
 
 
 def measure(benchmark: Any, function: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> None:
-    """Time `function` after a warm-up, waiting for the GPU where there is one; achieved TFLOP/s goes into the record."""
+    """Time a function after a warm-up, waiting for the GPU where there is one; achieved TFLOP/s goes into the record.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        function: to time.
+        inputs: from `layer`, for the number of operations.
+    """
 
     def waiting() -> None:
         function()

@@ -30,7 +30,16 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU path is
 
 
 def inputs(count: int, patches: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 images (N, 224, 224, 3), relevance (N, P) and single-fill donors (N,)."""
+    """Seeded images, map and donors.
+
+    Args:
+        count: images, N.
+        patches: per image, P.
+        device: of the tensors.
+
+    Returns:
+        uint8 (N, 224, 224, 3), float32 (N, P) and int64 (N,), single-fill.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
     relevance = torch.rand(count, patches, generator=generator)
@@ -39,7 +48,16 @@ def inputs(count: int, patches: int, device: str) -> tuple[Tensor, Tensor, Tenso
 
 
 def moved_bytes(count: int, patches: int, dtype: torch.dtype) -> int:
-    """The floor: every output pixel read once as a byte and written once, the map and the donors read once."""
+    """The least traffic: every output pixel read once as a byte and written once, the map and the donors read once.
+
+    Args:
+        count: images, N.
+        patches: per image, P.
+        dtype: of the result.
+
+    Returns:
+        Bytes.
+    """
     return count * (3 * SIDE * SIDE * (1 + dtype.itemsize) + patches * 4 + 8)
 
 
@@ -53,12 +71,24 @@ def threads() -> Iterator[None]:
 
 
 def check(ours: Tensor, pytorch: Tensor, gold: Tensor) -> None:
-    """The rule of the kernels' tests: at most twice PyTorch's largest error in the same dtype."""
+    """Assert that the largest error is at most twice PyTorch's in the same dtype.
+
+    Args:
+        ours: the kernel's result.
+        pytorch: the reference's result in the same dtype.
+        gold: the reference's result in float64.
+    """
     assert (ours.double() - gold).abs().max() <= 2 * (pytorch.double() - gold).abs().max()
 
 
 def measure(benchmark: Any, function: Callable[[], Tensor], moved: int) -> None:
-    """Time `function` after a warm-up, waiting for the GPU where there is one; achieved GB/s goes into the record."""
+    """Time a function after a warm-up, waiting for the GPU where there is one; achieved GB/s goes into the record.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        function: to time.
+        moved: bytes per call.
+    """
 
     def waiting() -> None:
         function()

@@ -24,7 +24,16 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU path is
 
 
 def maps(count: int, patches: int, device: str) -> Tensor:
-    """float32 relevance (N, P) with ties, as a map that is mostly zero has them."""
+    """Seeded maps with ties, as a map that is mostly zero has them.
+
+    Args:
+        count: images, N.
+        patches: per image, P.
+        device: of the maps.
+
+    Returns:
+        float32 (N, P).
+    """
     relevance = torch.rand(count, patches, generator=torch.Generator().manual_seed(0)) - 0.3
     return relevance.clamp_min_(0).to(device)
 

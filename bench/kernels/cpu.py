@@ -27,7 +27,16 @@ REPEATS = 15
 def rollout_op_by_op(relevance: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> Tensor:
     """The CLS row after one layer of the full rollout R += A_bar R, an L x L x L product per image.
 
-    relevance: (N, L, L), the rollout of the layers below. q, k, v, grad_out: (N, A, L, d). Returns (N, L)."""
+    Args:
+        relevance: (N, L, L), the rollout of the layers below.
+        q: (N, A, L, d).
+        k: (N, A, L, d).
+        v: (N, A, L, d).
+        grad_out: (N, A, L, d).
+
+    Returns:
+        (N, L).
+    """
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     attended = (torch.softmax(scores, -1) * (grad_out @ v.mT)).clamp(min=0).mean(1)
     return (relevance + torch.bmm(attended, relevance))[:, 0]
@@ -45,14 +54,33 @@ def all_cores() -> Iterator[None]:
 
 
 def same(op: str, ours: Tensor, theirs: Tensor, gold: Tensor) -> None:
-    """Raise ValueError unless our error against float64 is at most twice that of the other provider, and one float32 step."""
+    """Check that two providers agree.
+
+    Args:
+        op: for the message.
+        ours: our result.
+        theirs: the other provider's.
+        gold: the result in float64.
+
+    Raises:
+        ValueError: our error is more than twice the other's and one float32 step.
+    """
     error, allowed = (ours.double() - gold).abs().max().item(), (theirs.double() - gold).abs().max().item()
     if not error <= 2 * allowed + torch.finfo(torch.float32).eps * gold.abs().max().item():
         raise ValueError(f"{op}: not timed, the providers disagree (error {error:.2e}, op by op {allowed:.2e})")
 
 
 def counterfactual_functions(count: int, patches: int, side: int) -> dict[str, Callable[[], Tensor]]:
-    """Select, fill and normalise uint8 images (N, side, side, 3) by both formulations; checked against each other."""
+    """Select, fill and normalise by both formulations, checked against each other.
+
+    Args:
+        count: images, N.
+        patches: per image, P.
+        side: of the images, pixels.
+
+    Returns:
+        A function per provider.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, side, side, 3), generator=generator, dtype=torch.uint8)
     relevance, donors = torch.rand(count, patches, generator=generator), torch.randperm(count, generator=generator)
@@ -66,7 +94,17 @@ def counterfactual_functions(count: int, patches: int, side: int) -> dict[str, C
 
 
 def relevance_functions(count: int, patches: int, heads: int, width: int) -> dict[str, Callable[[], Tensor]]:
-    """One layer of the rollout by both formulations, from the identity; checked against each other."""
+    """One layer of the rollout by both formulations, from the identity, checked against each other.
+
+    Args:
+        count: images, N.
+        patches: per image, P.
+        heads: A.
+        width: of a head, d.
+
+    Returns:
+        A function per provider.
+    """
     generator = torch.Generator().manual_seed(0)
     length = patches + 1
     q, k, v, grad = (torch.randn(count, heads, length, width, generator=generator) for _ in range(4))
@@ -91,7 +129,22 @@ def records(
     heads: int = HEADS,
     repeats: int = REPEATS,
 ) -> list[dict[str, Any]]:
-    """A record per op, provider and number of patches, with all cores. Raises ValueError where the providers disagree."""
+    """Time the formulations with all cores.
+
+    Args:
+        images: of the counterfactual.
+        side: of the images, pixels.
+        patches: numbers of patches per image.
+        relevance_images: images of the relevance.
+        heads: A.
+        repeats: timed calls of each function.
+
+    Returns:
+        A record per op, provider and number of patches.
+
+    Raises:
+        ValueError: the providers disagree.
+    """
     found = []
     with all_cores():
         environment = cpu_environment()

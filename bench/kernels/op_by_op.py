@@ -12,10 +12,19 @@ from cammask_fast.kernels.reference.pixels import CLIP_MEAN, CLIP_STD
 
 
 def counterfactual_op_by_op(images_u8: Tensor, relevance: Tensor, donors: Tensor, threshold: float) -> Tensor:
-    """Object mask, single-fill, normalised float32 (N, 3, H, W), in vectorised PyTorch without a loop over images.
+    """Object mask, single-fill and normalisation in vectorised PyTorch without a loop over images.
 
-    images_u8: uint8 (N, H, W, 3). relevance: float32 (N, P), raw. donors: int64 (N,). The map is up-sampled to pixels and
-    compared with the threshold; the float batch is cloned and gathered along the batch with a full int64 index (N, 3, H, W).
+    The map is up-sampled to pixels and compared with the threshold; the float batch is cloned and gathered along the batch with
+    a full int64 index (N, 3, H, W).
+
+    Args:
+        images_u8: uint8 (N, H, W, 3).
+        relevance: float32 (N, P), the raw map.
+        donors: int64 (N,).
+        threshold: of the object mask.
+
+    Returns:
+        float32 (N, 3, H, W).
     """
     count, height, width, _ = images_u8.shape
     grid = math.isqrt(relevance.shape[1])

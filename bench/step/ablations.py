@@ -64,7 +64,19 @@ def forward(
     taps: Taps | None = None,
     probabilities: list[Tensor] | None = None,
 ) -> Prediction:
-    """patches: normalised, (N, P, 3 * p * p)."""
+    """The forward with some of its savings switched off.
+
+    Args:
+        model: the classifier.
+        patches: normalised, (N, P, 3 * p * p).
+        switches: which savings are on.
+        kept_tokens: see `VisionTransformer.forward`.
+        taps: see `VisionTransformer.forward`.
+        probabilities: filled with the (N, A, L, L) attention probabilities.
+
+    Returns:
+        Features and logits.
+    """
     visual = model.visual
     x = F.linear(patches, visual.conv1.weight.flatten(1))
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
@@ -104,8 +116,20 @@ def _materialised(block: Block, x: Tensor, cls_only: bool, taps: Taps | None, pr
 
 
 def build_ablated_step(student: Classifier, teacher: Classifier, config: TrainConfig, switches: Switches) -> authors.Step:
-    """The step of a masked feature distillation in the type of the weights; adds to the student's `.grad`. Raises ValueError
-    for other methods, for no-fill by threshold and for other types."""
+    """The step of a masked feature distillation, with some of its savings switched off.
+
+    Args:
+        student: its gradients are added to `.grad`.
+        teacher: frozen.
+        config: settings of the method.
+        switches: which savings are on.
+
+    Returns:
+        A function of a batch and its random numbers.
+
+    Raises:
+        ValueError: for another method, no-fill by threshold, or a compute dtype that is not that of the weights.
+    """
     strategy, vit = build_strategy(config), student.visual.config
     if strategy is None or config.resolved.distill != "fd" or not strategy.needs_cam:
         raise ValueError("ablations: expected a feature distillation with an object or context mask")

@@ -31,7 +31,18 @@ def forward(
     kept_tokens: Tensor | None = None,
     attention: list[Tensor] | None = None,
 ) -> Prediction:
-    """All tokens in all blocks. pixels: (N, 3, H, W) in [0, 1]. attention: filled with the (N, A, L, L) probabilities."""
+    """The authors' forward: all tokens in all blocks.
+
+    Args:
+        model: the classifier.
+        pixels: (N, 3, H, W) in [0, 1].
+        key_mask: bool (N, P), True = no query may attend to that patch.
+        kept_tokens: int64 (N, n_keep + 1), the tokens to keep.
+        attention: filled with the (N, A, L, L) probabilities.
+
+    Returns:
+        Features and logits.
+    """
     visual = model.visual
     mean, std = (torch.tensor(c, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
     x = visual.conv1((pixels - mean) / std).flatten(2).transpose(1, 2)
@@ -63,7 +74,16 @@ def _attend(block: Block, x: Tensor, key_mask: Tensor | None, attention: list[Te
 
 
 def relevance(model: Classifier, pixels: Tensor, labels: Tensor) -> Tensor:
-    """MM-CAM by the rollout R += mean over heads of relu(P * dP) R over all layers: (N, P), normalised by its maximum."""
+    """MM-CAM by the rollout R += mean over heads of relu(P * dP) R over all layers.
+
+    Args:
+        model: the classifier.
+        pixels: (N, 3, H, W) in [0, 1].
+        labels: int64 (N,).
+
+    Returns:
+        (N, P), divided by its maximum.
+    """
     attention: list[Tensor] = []
     logits = forward(model, pixels, attention=attention).logits
     gradients = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), attention)
@@ -77,7 +97,16 @@ def relevance(model: Classifier, pixels: Tensor, labels: Tensor) -> Tensor:
 
 
 def fill(pixels: Tensor, mask_NP: Tensor, donors: Tensor) -> Tensor:
-    """Masked pixels from donors (N,) or (N, P): resize the mask, clone, gather along the batch with a full index, where."""
+    """The authors' fill: resize the mask, clone, gather along the batch with a full index, where.
+
+    Args:
+        pixels: (N, 3, H, W).
+        mask_NP: bool (N, P), True = filled.
+        donors: int64 (N,) or (N, P).
+
+    Returns:
+        (N, 3, H, W).
+    """
     count, _, height, width = pixels.shape
     grid = round(mask_NP.shape[1] ** 0.5)
     mask = F.interpolate(mask_NP.view(count, 1, grid, grid).to(pixels.dtype), size=(height, width)) > 0.5
@@ -88,7 +117,17 @@ def fill(pixels: Tensor, mask_NP: Tensor, donors: Tensor) -> Tensor:
 
 
 def patch_mask(strategy: Strategy, cam: Tensor | None, draws: MaskRandomness, patches: int) -> Tensor:
-    """bool (N, P), True = masked."""
+    """The patches that a strategy masks.
+
+    Args:
+        strategy: which patches are masked.
+        cam: (N, P), divided by its maximum; None for random masks.
+        draws: random numbers of the batch.
+        patches: per image, P.
+
+    Returns:
+        bool (N, P), True = masked.
+    """
     if strategy.selection == "random":
         assert draws.uniform is not None
         assert strategy.threshold is not None
@@ -107,11 +146,19 @@ Step = Callable[[Batch, MaskRandomness | None], Losses]
 
 
 def build_authors_step(student: Classifier, teacher: Classifier, config: TrainConfig, *, compiled: bool = False) -> Step:
-    """The step of FT, FT_FD / FT_KD and every masked distillation: adds to the student's `.grad`.
+    """The authors' step of FT, FT_FD / FT_KD and every masked distillation.
 
-    No-fill masks keys over all tokens, as the authors do; random no-fill drops tokens. compiled: the forwards of the task, the
-    teacher and the masked student under torch.compile; that of the CAM stays eager, because gradients at the attention maps
-    of a compiled forward cannot be had.
+    No-fill masks keys over all tokens, as the authors do; random no-fill drops tokens.
+
+    Args:
+        student: its gradients are added to `.grad`.
+        teacher: frozen.
+        config: settings of the method.
+        compiled: compile the forwards of the task, the teacher and the masked student; that of the CAM stays eager, because
+            gradients at the attention maps of a compiled forward cannot be had.
+
+    Returns:
+        A function of a batch and its random numbers.
     """
     strategy, patches = build_strategy(config), student.visual.config.patches
     forward: Callable[..., Prediction] = torch.compile(plain_forward) if compiled else plain_forward

@@ -30,6 +30,13 @@ class Lane:
         return self._ask("run")
 
     def start(self, threads: int, build: Build, arguments: Sequence[Any]) -> None:
+        """Build the function in the lane's process and call it once.
+
+        Args:
+            threads: of PyTorch.
+            build: makes the function, in the other process.
+            arguments: of `build`.
+        """
         self.first_seconds = self._ask((threads, build, arguments))
 
     def _ask(self, what: object) -> float:

@@ -99,13 +99,33 @@ def trained_bytes(vit: ViTConfig) -> int:
 
 
 def random_batch(vit: ViTConfig, count: int, device: str = "cpu") -> Batch:
+    """A seeded batch of noise.
+
+    Args:
+        vit: gives the image size.
+        count: images.
+        device: of the batch.
+
+    Returns:
+        uint8 images and random labels.
+    """
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (count, vit.image_size, vit.image_size, 3), generator=generator, dtype=torch.uint8)
     return Batch(images, torch.randint(0, CLASSES, (count,), generator=generator), torch.arange(count)).to(device)
 
 
 def gradient_step(provider: str, student: Classifier, teacher: Classifier, config: TrainConfig) -> Step:
-    """The eager step that a provider is made of, or the compiled provider's eager form."""
+    """The eager step that a provider is made of, or the compiled provider's eager form.
+
+    Args:
+        provider: of the step.
+        student: its gradients are added to `.grad`.
+        teacher: frozen.
+        config: settings of the method.
+
+    Returns:
+        A function of a batch and its random numbers.
+    """
     if provider in ABLATIONS:
         return build_ablated_step(student, teacher, config, ABLATIONS[provider])
     if provider.startswith("ours"):
@@ -254,9 +274,20 @@ def _provider(race: Race, provider: str) -> Callable[[], None]:
 
 
 def run_race(race: Race, providers: Sequence[str], *, repeats: int = 7) -> Iterator[dict[str, Any]]:
-    """A record per provider, each in a process of its own, timed in turn in the same run, a matrix product of each precision
-    among them: op `step`, with one of our stages at the end, or `ablation` where the authors do not run. Raises ValueError
-    where the providers disagree or one fails."""
+    """Time the steps of several providers in turn, each in a process of its own, and a matrix product of each precision among
+    them.
+
+    Args:
+        race: model, method and batch.
+        providers: to compare.
+        repeats: timed rounds.
+
+    Yields:
+        A record per provider: op `step`, with one of our stages at the end, or `ablation` where the authors do not run.
+
+    Raises:
+        ValueError: the providers disagree or one fails.
+    """
     set_matmul_precision(resolve(race.config.precision, race.device))
     compare(race, providers)
     precisions = list(dict.fromkeys(race.precision_of(provider) for provider in providers))

@@ -21,7 +21,18 @@ STAGES = ("task", "cam", "selection and fill", "teacher", "masked student")
 def stages(
     student: Classifier, teacher: Classifier, config: TrainConfig, batch: Batch, draws: MaskRandomness | None
 ) -> dict[str, float]:
-    """Seconds per stage of one step; clean forward and clean backward are `task`. Stages that a method lacks are left out."""
+    """Time the stages of one eager step; clean forward and clean backward are `task`.
+
+    Args:
+        student: its gradients are added to `.grad`.
+        teacher: frozen.
+        config: settings of the method.
+        batch: images and labels.
+        draws: random numbers of the batch.
+
+    Returns:
+        Seconds per stage; stages that a method lacks are left out.
+    """
     seconds: dict[str, float] = {}
     stage, since = "task", time.perf_counter()
 

@@ -44,8 +44,17 @@ class Access(NamedTuple):
 
 
 def classify(accesses: Sequence[Access], ops: Collection[str], reductions: Collection[str], parameters: int) -> str:
-    """The kind of a kernel. ops: names of the ATen operators in it. reductions: those of them whose reductions it computes.
-    parameters: elements of the one tensor that holds all trained weights, of another size than every activation."""
+    """The kind of a generated kernel.
+
+    Args:
+        accesses: its loads and stores.
+        ops: names of the ATen operators in it.
+        reductions: those of them whose reductions it computes.
+        parameters: elements of the one tensor that holds all trained weights, of another size than every activation.
+
+    Returns:
+        The name of the kind.
+    """
     loaded, stored = (sum(a.bytes for a in accesses if a.store is store) for store in (False, True))
     flat = [a for a in accesses if a.whole == parameters]
     if any(a.store and a.elements == parameters and a.dtype != torch.bfloat16 for a in flat):

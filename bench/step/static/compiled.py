@@ -31,7 +31,16 @@ class Configuration(NamedTuple):
 
 
 def compile_kernels(kernels: Sequence[Kernel], archs: Sequence[int], *, workers: int | None = None) -> list[Configuration]:
-    """Compile every configuration of generated kernels. workers: processes, 1 for none but this one."""
+    """Compile every configuration of generated kernels.
+
+    Args:
+        kernels: their sources.
+        archs: compute capabilities, such as 90.
+        workers: processes; 1 for none but this one, None for one per core.
+
+    Returns:
+        Registers, stack and float64 instructions of each.
+    """
     jobs = [(kernel.name, kernel.source, arch) for kernel in kernels for arch in archs]
     if workers == 1:
         return [found for job in jobs for found in _compile(job)]

@@ -27,7 +27,16 @@ H100 = types.SimpleNamespace(
 
 
 def in_own_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a function in a process that sees no GPU and has empty caches: pretending one cannot be undone."""
+    """Call a function in a process that sees no GPU and has empty caches: pretending to have one cannot be undone.
+
+    Args:
+        function: importable by name.
+        *args: of the function.
+        **kwargs: of the function.
+
+    Returns:
+        Its result.
+    """
     with TemporaryDirectory() as folder:
         environment = {
             "CUDA_VISIBLE_DEVICES": "",
