@@ -31,6 +31,9 @@ def option(default: Any, help: str, *, metavar: str | None = None, bare: str | N
     return field(default=default, metadata={"help": help, "metavar": metavar, "bare": bare})
 
 
+FITS = "default: what fits the model and the data"
+
+
 class Option(NamedTuple):
     """A command-line option of a settings class. choices: of a Literal, empty otherwise."""
 
@@ -86,7 +89,9 @@ METHODS: Mapping[str, Method] = {
 class OptimConfig:
     """AdamW and its one-cycle schedule; the paper's values are the defaults."""
 
-    lr: float = option(3e-5, "peak learning rate")
+    lr: float = option(
+        3e-5, f"peak learning rate ({FITS}: the paper's 3e-05; tiny: its recipes' 0.00125, half below 1000 images)"
+    )
     weight_decay: float = option(0.1, "weight decay on all parameters; a linear probe uses 0")
     clip_norm: float = option(1.0, "global gradient norm, clipped once per optimiser step")
     beta2: float = option(0.999, "AdamW's decay of the second moment")
@@ -106,7 +111,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One fine-tuning run; the defaults are the paper's recipe. A field is an option of `cammask train` (see `option`)."""
+    """One fine-tuning run. The defaults are the paper's recipe; `fitting` has those that fit other models and data. A field is
+    an option of `cammask train` (see `option`)."""
 
     method: str = option("masked-object", "what trains and what is distilled: " + ", ".join(METHODS), metavar="NAME")
     masking: str = option(
@@ -122,10 +128,18 @@ class TrainConfig:
     cam_start_layer: int = option(0, "first layer of MM-CAM's rollout; 0, the paper's, is all layers", metavar="LAYER")
     upsample: Literal["nearest", "bilinear"] = option("nearest", "how the relevance map is scaled to pixels")
     w_task: float = option(1.0, "weight of the cross-entropy on the clean images")
-    w_distill: float = option(30.0, "weight of the distillation loss")
+    w_distill: float = option(30.0, f"weight of the distillation loss ({FITS}: the paper's 30; tiny: its recipe's, 5 or 8)")
     kd_temperature: float = option(10.0, "temperature of the logits' distillation (kd)")
-    epochs: int = option(10, "passes over the training images", metavar="N")
-    batch_size: int = option(512, "images per optimiser step, over all processes", metavar="N")
+    epochs: int = option(
+        10,
+        f"passes over the training images ({FITS}: the paper's 10, tiny: 6; more where that is less than 66 steps)",
+        metavar="N",
+    )
+    batch_size: int = option(
+        512,
+        f"images per optimiser step, over all processes ({FITS}: the paper's 512, tiny: 128, or all images of a smaller set)",
+        metavar="N",
+    )
     accumulate: int = option(1, "micro-batches per optimiser step; each holds batch size / accumulate images", metavar="N")
     donors: Literal["batch", "global"] = option(
         "batch",
@@ -178,6 +192,13 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, those of `optim` in a dictionary of their own."""
         return asdict(self)
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """From settings of both classes by name, without tables; unknown names raise ValueError."""
+        of_optimizer = {one.name for one in options_of(OptimConfig)}
+        optim = {name: value for name, value in values.items() if name in of_optimizer}
+        return cls.from_dict({**{name: value for name, value in values.items() if name not in of_optimizer}, "optim": optim})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

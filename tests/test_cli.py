@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from cammask_fast.checkpoint import load_classifier
 from cammask_fast.cli import build_parser, main
 from cammask_fast.commands import recipes
-from cammask_fast.commands.training import train_config
+from cammask_fast.commands.settings import train_config
 from cammask_fast.config import OptimConfig, TrainConfig, load_recipe, options_of, recipe_names
 from cammask_fast.masking import parse_strategy
 from cammask_fast.model.zero_shot import load_tiny_clip

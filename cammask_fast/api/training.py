@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cammask_fast.api.models import Model, as_model, texts
 from cammask_fast.checkpoint.source import find_checkpoint
-from cammask_fast.config import OptimConfig, TrainConfig, options_of
+from cammask_fast.config import TrainConfig
 from cammask_fast.data.factory import DataSubset, folders_of, names_of, open_evaluation, open_training
 from cammask_fast.data.iterables import IterableLoader, to_labels, to_uint8
 from cammask_fast.data.loaders.config import LoaderConfig
@@ -23,6 +23,7 @@ from cammask_fast.evaluate import Score
 from cammask_fast.evaluate import evaluate as evaluate_models
 from cammask_fast.export import Exported
 from cammask_fast.export import export as export_checkpoint
+from cammask_fast.fitting import fitted_config, given_config
 from cammask_fast.masking.kept import teacher_relevance
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.precision import compute_dtype
@@ -72,7 +73,8 @@ def fine_tune(
         validation: data of the same kinds (default: val/ or a tenth of a folder; nothing for an iterable).
         class_names: names for the prompts, for iterables and models without classes.
         progress: called as (phase, images done, images in total, mean loss, share of the time spent waiting for data).
-        **settings: fields of `TrainConfig` and `OptimConfig`, such as epochs=3, lr=1e-5.
+        **settings: fields of `TrainConfig` and `OptimConfig`, such as epochs=3, lr=1e-5; what is not given fits the model and
+            the number of images (see `fitting`).
 
     Returns:
         The best and the last model, and the validation accuracies before and after.
@@ -81,13 +83,21 @@ def fine_tune(
         ValueError: for unknown settings, data that cannot be used, or classes that do not fit.
     """
     model = as_model(model)
-    config = _config({"method": method, **settings})
+    given = {"method": method, **settings}
+    config = given_config(given)
+    shares = config.accumulate
     if class_names:
         class_names = texts(class_names, "class_names")
     data, validation = _folder_of(data), _folder_of(validation)
     if isinstance(data, str):
+
+        def fitting_batch(images: int) -> int:
+            nonlocal config
+            config, _ = fitted_config(model.arch, images, given, shares=shares)
+            return config.batch_size
+
         opened = open_training(
-            data, image_size=model.image_size, batch_size=config.batch_size, seed=config.seed, subset=DataSubset(),
+            data, image_size=model.image_size, batch_size=fitting_batch, seed=config.seed, subset=DataSubset(),
             augment=Augment(), class_names=None, loader_config=LoaderConfig(device=model.device),
         )  # fmt: skip
         train_loader: Loader = opened.train
@@ -98,7 +108,7 @@ def fine_tune(
         if not names:
             raise ValueError("class_names: this data does not name its classes, and the model has none")
         batches = IterableLoader(data, image_size=model.image_size, classes=len(names), drop_last=True)
-        config = replace(config, batch_size=batches.batch_size, accumulate=config.accumulate)
+        config, _ = fitted_config(model.arch, batches.images, {**given, "batch_size": batches.batch_size}, shares=shares)
         train_loader, held_out, folders = batches, None, ()
         folders = names
     started = _with_data_classes(model, names, folders, renamed=bool(class_names))
@@ -165,7 +175,7 @@ def train_step(
     )
     if ours.head.weight.shape != frozen.head.weight.shape:
         raise ValueError("student and teacher differ in their classes or width: use a copy of the student")
-    config = _config({"method": method, "seed": seed, **settings})
+    config = TrainConfig.from_flat({"method": method, "seed": seed, **settings})
     ours.requires_grad_(config.resolved.trained == "all")
     ours.head.requires_grad_(True)
     device = ours.head.weight.device
@@ -204,13 +214,6 @@ def export(run: str | Path, to: str, out: str | Path, *, pretrained: str = "") -
             cannot be written.
     """
     return export_checkpoint(find_checkpoint(run, "run"), to, Path(out), pretrained=pretrained)
-
-
-def _config(settings: Mapping[str, Any]) -> TrainConfig:
-    """Settings of both classes by name. Raises ValueError on unknown ones."""
-    of_optimizer = {one.name for one in options_of(OptimConfig)}
-    optim = {name: value for name, value in settings.items() if name in of_optimizer}
-    return TrainConfig.from_dict({**{n: v for n, v in settings.items() if n not in of_optimizer}, "optim": optim})
 
 
 def _folder_of(data: Data) -> Data:

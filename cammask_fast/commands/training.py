@@ -17,9 +17,10 @@ from cammask_fast import __version__
 from cammask_fast.checkpoint import Checkpoints, describe_run
 from cammask_fast.checkpoint.heads import Classes
 from cammask_fast.commands.outcome import report, validated
+from cammask_fast.commands.settings import Chosen, flat, given_settings
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, warn, zero_shot_model
 from cammask_fast.commands.starting_point import ZERO_SHOT, starting_point
-from cammask_fast.config import OptimConfig, TrainConfig, load_recipe, options_of
+from cammask_fast.config import TrainConfig, load_recipe
 from cammask_fast.data.class_names import class_list
 from cammask_fast.data.factory import DataSubset, TrainingData, open_training
 from cammask_fast.data.text_files import read_text
@@ -45,7 +46,8 @@ def run_train(args: Options) -> None:
     Raises ValueError where the options or the data cannot work, or where the folder already holds another run.
     """
     recipe = load_recipe(args["recipe"]) if args["recipe"] else {}
-    config = train_config(args, recipe.get("train", {}))
+    chosen = Chosen(given_settings(args, recipe.get("train", {})))
+    config = chosen.config
     positive(args, "save_every", "keep", "log_every", "timeout")
     out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
     with init_distributed(device_of(args), timeout=args["timeout"]) as dist_info, GracefulShutdown() as stop:
@@ -57,11 +59,11 @@ def run_train(args: Options) -> None:
             return  # another process failed after the run was complete
         if complete and not args["overwrite"]:
             raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
-        train_here(args, recipe, config, out, dist_info, stop, launchers)
+        train_here(args, recipe, chosen, out, dist_info, stop, launchers)
 
 
 def train_here(
-    args: Options, recipe: Mapping[str, Any], config: TrainConfig, out: Path, dist_info: World, stop: GracefulShutdown,
+    args: Options, recipe: Mapping[str, Any], chosen: Chosen, out: Path, dist_info: World, stop: GracefulShutdown,
     launchers: Sequence[str | None],
 ) -> None:  # fmt: skip
     """Do one process's part of `cammask train`; the main process prints and writes.
@@ -69,7 +71,7 @@ def train_here(
     Args:
         args: options of the command line by name.
         recipe: the recipe's tables; empty without `--recipe`.
-        config: the recipe's `[train]` table under the options that were given.
+        chosen: the settings; those that fit the data are added here.
         out: folder of the run.
         dist_info: rank and number of processes.
         stop: tells whether a signal asked the process to save and leave.
@@ -80,6 +82,7 @@ def train_here(
         TrainingPreempted: a signal stopped the run after a checkpoint.
     """
     augment = Augment.parse(args["augment"])
+    config = chosen.config
     build_strategy(config)
     refuse_moving_pixels(config, augment)
     point = starting_point(args, recipe, config, out)
@@ -89,10 +92,11 @@ def train_here(
         val_share=args["val_share"], val_images=args["val_images"], shots=args["shots"], classes=class_list(args["classes"])
     )
     data = open_training(
-        args["data"], image_size=vit.image_size, batch_size=share_of_batch(config, dist_info) if trains else 1,
+        args["data"], image_size=vit.image_size, batch_size=lambda images: chosen.own_batch(point.arch, images, dist_info.size),
         seed=config.seed, subset=subset, augment=augment, class_names=args["class_names"],
         loader_config=loader_config_of(args, device, out, dist_info),
     )  # fmt: skip
+    config = chosen.config
     teacher, start = point.models(
         config, Classes(data.class_names, data.class_folders),
         lambda: zero_shot_model(point.arch, point.pretrained, data.class_names, args["templates"], device), device,
@@ -111,7 +115,7 @@ def train_here(
             if args["overwrite"] and not was_launched_by(out, launchers):
                 clear(out)
             record_launch(out, launchers)
-            for line in data.summary:
+            for line in (*data.summary, *chosen.lines()):
                 print(line, flush=True)
         before: dict[str, float] = {}
         if trains and data.validation is not None:
@@ -133,7 +137,7 @@ def train_here(
                 **describe_run(config.to_dict(), score, data.class_names),
                 **point.record, "data": args["data"], "device": device,
                 "class_folders": data.class_folders, "train_images": len(data.train.labels), "seconds": round(seconds, 1),
-                **watched, "processes": dist_info.size,
+                **watched, "processes": dist_info.size, "fitted": chosen.record(),
                 "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
                 "trained_on": data.path if trains else None, "notices": noticed(),
                 **point.measured(before),
@@ -148,35 +152,11 @@ def train_here(
                 report(out, record, start, models["best"], data, config)
 
 
-def train_config(args: Options, recipe: Mapping[str, Any]) -> TrainConfig:
-    """The recipe's `[train]` table under the options that were given."""
-    given = {name: value for name, value in args.items() if value is not None}
-    values = {**recipe, **{one.name: given[one.name] for one in options_of(TrainConfig) if one.name in given}}
-    optim = {one.name: given[one.name] for one in options_of(OptimConfig) if one.name in given}
-    values["optim"] = {**values.get("optim", {}), **optim}
-    return TrainConfig.from_dict(values)
-
-
 def positive(args: Options, *names: str) -> None:
     """Raise ValueError unless each of the named options is greater than zero."""
     for name in names:
         if not args[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive value, got {args[name]}")
-
-
-def share_of_batch(config: TrainConfig, dist_info: World) -> int:
-    """Images per step and process. Raises ValueError where the processes cannot share the batch evenly."""
-    if config.batch_size % (dist_info.size * config.accumulate):
-        raise ValueError(
-            f"--batch-size: {config.batch_size} images cannot be shared by {dist_info.size} processes with --accumulate "
-            f"{config.accumulate}: choose a multiple of {dist_info.size * config.accumulate}"
-        )
-    return config.batch_size // dist_info.size
-
-
-def flat(settings: Mapping[str, Any]) -> Options:
-    """Settings without tables, under the names of the options."""
-    return {**{name: value for name, value in settings.items() if name != "optim"}, **settings["optim"]}
 
 
 def digest(*items: Any) -> str:

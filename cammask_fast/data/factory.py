@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,12 @@ from cammask_fast.data.class_names import read_class_names
 from cammask_fast.data.datasets.imagenet import KNOWN, find_sets, imagenet_names, open_known, wnids
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES, IMAGE_SIZE
 from cammask_fast.data.datasets.texture_digits_splits import EVALUATION_BATCH as BENCHMARK_BATCH
-from cammask_fast.data.datasets.texture_digits_splits import evaluation_specifications, rendered, training_splits
+from cammask_fast.data.datasets.texture_digits_splits import (
+    TRAIN_IMAGES,
+    evaluation_specifications,
+    rendered,
+    training_splits,
+)
 from cammask_fast.data.layout import evaluation_location, open_source, training_locations
 from cammask_fast.data.loaders.config import LoaderConfig
 from cammask_fast.data.loaders.dali_loader import DaliLoader
@@ -117,7 +122,7 @@ def open_training(
     data: str,
     *,
     image_size: int,
-    batch_size: int,
+    batch_size: int | Callable[[int], int],
     seed: int,
     subset: DataSubset,
     augment: Augment,
@@ -129,7 +134,7 @@ def open_training(
     Args:
         data: `texture-digits`, a folder or shards.
         image_size: of the model, pixels.
-        batch_size: training images per step and process.
+        batch_size: training images per step and process, perhaps as a function of the number of training images.
         seed: of order, augmentation and held-out images.
         subset: classes, images per class and held-out images.
         augment: augmentation of the training images.
@@ -147,13 +152,14 @@ def open_training(
         if augment != Augment() or subset != DataSubset():
             raise ValueError(f"{BENCHMARK} is used as it is: no augmentation, few-shot, class or validation options")
         train, validation = training_splits(
-            seed, batch_size=batch_size, rank=loader_config.rank, world_size=loader_config.world_size
+            seed, batch_size=_of_images(batch_size, TRAIN_IMAGES), rank=loader_config.rank, world_size=loader_config.world_size
         )
         return TrainingData(train, validation, CLASS_NAMES, CLASS_NAMES)
     images, held_out = training_sources(data, subset, seed=seed)
     names = names_of(class_names, images.folders)
     transform = Transform(size=image_size, augment=augment, seed=seed)
-    loader = loader_config.build(images, transform, batch_size=batch_size, shuffle=True, seed=seed)
+    own_batch = _of_images(batch_size, len(images))
+    loader = loader_config.build(images, transform, batch_size=own_batch, shuffle=True, seed=seed)
     validation_loader = None
     if held_out is not None:
         validation_loader = loader_config.build(held_out, Transform(size=image_size), batch_size=EVALUATION_BATCH)
@@ -162,6 +168,10 @@ def open_training(
         fingerprint=" ".join(one.fingerprint() for one in (images, held_out) if one is not None),
         path=os.path.realpath(images.where), summary=summary(data, images, held_out, names),
     )  # fmt: skip
+
+
+def _of_images(batch_size: int | Callable[[int], int], images: int) -> int:
+    return batch_size if isinstance(batch_size, int) else batch_size(images)
 
 
 def open_evaluation(
