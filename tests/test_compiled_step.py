@@ -27,6 +27,7 @@ from cammask_fast.data.datasets.texture_digits_splits import evaluation_splits, 
 from cammask_fast.data.types import Batch
 from cammask_fast.demo.run import tiny_config
 from cammask_fast.evaluate import accuracy
+from cammask_fast.inductor_options import HandOverLogsumexp
 from cammask_fast.masking import MaskRandomness
 from cammask_fast.model.classifier import Classifier, keeps_precision
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
@@ -48,12 +49,13 @@ LEAVES_THE_DEVICE = ("item", "_local_scalar_dense", "nonzero", "masked_select", 
 
 
 class Graphs(list[GraphModule]):
-    """A backend of torch.compile that keeps the graphs after autograd's tracing and dead-code elimination."""
+    """A backend of torch.compile that keeps the graphs after autograd's tracing, dead-code elimination and the hand-over."""
 
     @property
     def backend(self) -> Callable[..., Any]:
         def keep(graph: GraphModule, _: object) -> Callable[..., Any]:
             graph.graph.eliminate_dead_code()
+            HandOverLogsumexp()(graph.graph)
             graph.recompile()
             self.append(graph)
             return make_boxed_func(graph.forward)
@@ -141,6 +143,19 @@ def graph_flops(graph: GraphModule) -> int:
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     with inputs[0].fake_mode:
         return count_flops(lambda: graph(*inputs))
+
+
+@pytest.mark.parametrize("name", ["masked-object", "masked-topk", "context-no-fill", "late-layers"])
+def test_every_relevance_is_given_the_statistics_of_its_attention(name: str) -> None:
+    (graph,) = compiled_run(name).graphs
+    calls = [node for node in graph.graph.nodes if node.target is torch.ops.cammask.cls_relevance.default]
+    assert len(calls) == TINY.layers - CONFIGS[name].cam_start_layer
+    for call in calls:
+        lse, q = call.args[-1], call.args[1]
+        attention = lse.args[0]
+        assert attention.target is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        assert attention.args[:2] == (q, call.args[2])
+        assert lse.meta["val"].shape == q.meta["val"].shape[:3]
 
 
 @pytest.mark.parametrize("name", COMPILED)

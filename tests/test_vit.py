@@ -12,7 +12,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from cammask_fast.cam import relevance_of
-from cammask_fast.model.vit import Block, Taps, VisionTransformer, ViTConfig
+from cammask_fast.model.vit import SAVED_LOGSUMEXP, Block, Taps, VisionTransformer, ViTConfig, saved_logsumexp
 from cammask_fast.model.zero_shot import tiny_classifier
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
@@ -158,6 +158,33 @@ def test_taps_hold_every_layer_and_do_not_change_the_features() -> None:
     for q, k, v, out in zip(taps.queries, taps.keys, taps.values, taps.outputs, strict=True):
         assert torch.allclose(torch.softmax(q @ k.mT / 8**0.5, -1) @ v, out, rtol=0, atol=1e-13)
         assert out.requires_grad
+    detached = taps.detached()
+    for q, k, lse in zip(detached.queries, detached.keys, detached.logsumexps, strict=True):
+        assert lse is not None
+        assert not lse.requires_grad
+        torch.testing.assert_close(lse, torch.logsumexp(q @ k.mT / 8**0.5, -1), rtol=0, atol=1e-13)
+    with torch.no_grad():
+        model(images(), taps=(bare := Taps()))
+    assert bare.detached().logsumexps == [None] * ODD.layers
+
+
+@pytest.mark.parametrize("name", [*SAVED_LOGSUMEXP, "ScaledDotProductFusedAttentionOverrideableBackward0"])
+def test_the_logsumexp_of_every_fused_attention(name: str) -> None:
+    """PyTorch has the nodes; their tensors are shaped here as its CUDA operators shape them."""
+    assert hasattr(torch._C._functions, name)
+    attribute = SAVED_LOGSUMEXP.get(name, "_saved_logsumexp")
+    assert hasattr(getattr(torch._C._functions, name), attribute)
+    lse = torch.rand(2, 3, 9)
+    saved = {"Cudnn": lse[..., None], "Efficient": F.pad(lse, (0, 23), value=torch.inf)}
+    found = next((tensor for part, tensor in saved.items() if part in name), lse)
+
+    class Output:
+        shape = (2, 3, 9, 8)
+        grad_fn = type(name, (), {attribute: found})()
+
+    given = saved_logsumexp(Output())  # type: ignore[arg-type]
+    assert (given is None) == (name not in SAVED_LOGSUMEXP)
+    assert given is None or torch.equal(given, lse)
 
 
 @pytest.mark.parametrize(

@@ -64,18 +64,20 @@ def mm_cam(logits: Tensor, labels: Tensor, taps: Taps, *, start_layer: int = 0) 
         raise ValueError(f"cam_start_layer: expected 0..{len(taps.outputs) - 1}, got {start_layer}")
     gradients = _gradients_of_score(logits, labels, taps.outputs[start_layer:])
     with torch.no_grad():
-        return cls_rollout(taps, gradients)
+        return cls_rollout(taps.detached(), gradients)
 
 
 def cls_rollout(taps: Taps, gradients: Sequence[Tensor]) -> Tensor:
     """The CLS row of the rollout over the last len(gradients) layers, from the gradients at their attention outputs, first
-    layer first: (N, P), in float32 even under 16-bit attention."""
+    layer first: (N, P), in float32 even under 16-bit attention. Detached taps bring the softmax statistics of the forward;
+    in the compiled step Inductor is told to hand them over (`cammask_fast/inductor_options.py`)."""
     keys = taps.keys[-1]
     dtype = torch.promote_types(keys.dtype, torch.float32)
     relevance = F.pad(torch.ones(len(keys), 1, dtype=dtype, device=keys.device), (0, keys.shape[2] - 1))  # e_CLS
-    layers = zip(taps.queries[::-1], taps.keys[::-1], taps.values[::-1], gradients[::-1], strict=False)  # from the last layer
-    for q, k, v, gradient in layers:
-        relevance = cls_relevance(relevance, q, k, v, gradient)
+    logsumexps = taps.logsumexps or [None] * len(taps.keys)
+    layers = zip(taps.queries[::-1], taps.keys[::-1], taps.values[::-1], logsumexps[::-1], gradients[::-1], strict=False)
+    for q, k, v, lse, gradient in layers:  # from the last
+        relevance = cls_relevance(relevance, q, k, v, gradient, lse=lse)
     return relevance[:, 1:]
 
 

@@ -68,6 +68,7 @@ class Taps:
 
     queries: (N, A, L, d) per layer, in the last layer (N, A, 1, d): the CLS query alone. keys, values: (N, A, L, d).
     outputs: the attention outputs before out_proj, shaped like the queries; MM-CAM takes gradients at them.
+    logsumexps: per layer what `saved_logsumexp` gives, where the taps were detached from autograd's graph; empty elsewhere.
     last_ln_1: (N, L, D), ln_1 of the last block; Grad-CAM takes the gradient at it.
     output_probes, ln_1_probe: zeros that the caller may give in the shapes of `outputs` and `last_ln_1`. They are added there,
     so that a functional transform, which differentiates with respect to inputs only, finds the same gradients at them.
@@ -77,6 +78,7 @@ class Taps:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    logsumexps: list[Tensor | None] = field(default_factory=list)
     last_ln_1: Tensor | None = None
     output_probes: Sequence[Tensor] = ()
     ln_1_probe: Tensor | None = None
@@ -86,7 +88,37 @@ class Taps:
         queries, keys, values, outputs = (
             [tensor.detach() for tensor in taps] for taps in (self.queries, self.keys, self.values, self.outputs)
         )
-        return Taps(queries, keys, values, outputs, None if self.last_ln_1 is None else self.last_ln_1.detach())
+        logsumexps = [saved_logsumexp(output) for output in self.outputs]
+        last_ln_1 = None if self.last_ln_1 is None else self.last_ln_1.detach()
+        return Taps(queries, keys, values, outputs, logsumexps, last_ln_1)
+
+
+def saved_logsumexp(output: Tensor) -> Tensor | None:
+    """The logarithms of the softmax denominators that an attention keeps for its backward, whichever of PyTorch's fused
+    attentions was chosen.
+
+    Args:
+        output: (N, A, L, d), of scaled_dot_product_attention without a mask.
+
+    Returns:
+        float32 (N, A, L), float64 for float64, natural logarithms; None where nothing is kept: the plain formula, or no gradient
+        is wanted.
+    """
+    node: Any = output.grad_fn
+    if type(node).__name__ not in SAVED_LOGSUMEXP:
+        return None
+    lse: Tensor = getattr(node, SAVED_LOGSUMEXP[type(node).__name__]).detach()
+    lse = lse.squeeze(-1) if lse.ndim == 4 else lse  # cuDNN's is (N, A, L, 1)
+    return lse[..., : output.shape[2]]  # the memory-efficient one's is padded
+
+
+SAVED_LOGSUMEXP = {
+    "ScaledDotProductFlashAttentionBackward0": "_saved_logsumexp",
+    "ScaledDotProductFlashAttentionForCpuBackward0": "_saved_logsumexp",
+    "ScaledDotProductEfficientAttentionBackward0": "_saved_log_sumexp",
+    "ScaledDotProductCudnnAttentionBackward0": "_saved_logsumexp",
+}
+"""By the name of autograd's node."""
 
 
 class LayerNorm(nn.LayerNorm):

@@ -19,7 +19,8 @@ def cls_relevance(
         k: (N, A, L, d).
         v: (N, A, L, d).
         grad_out: shaped like q, the gradient of the class score at the attention output, before out_proj.
-        lse: (N, A, rows of q), natural log of the softmax denominators, if at hand.
+        lse: (N, A, rows of q), natural log of the softmax denominators, if at hand. 16-bit scores do without: theirs are
+            those of rounded scores.
 
     Returns:
         (N, L) in relevance_NL's dtype.
@@ -29,9 +30,12 @@ def cls_relevance(
     """
     check_cls_relevance(relevance_NL, q, k, v, grad_out, lse)
     rows, width = q.shape[2], q.shape[3]
-    scores = q @ k.mT * width**-0.5
-    probabilities = torch.softmax(scores, dim=-1) if lse is None else torch.exp(scores - lse[..., None])  # (N, A, rows, L)
-    attended = (probabilities * torch.relu(grad_out @ v.mT)).mean(1).to(relevance_NL.dtype)  # (N, rows, L)
+    scores = (q @ k.mT).mul_(width**-0.5)  # (N, A, rows, L); fresh memory costs a CPU as much as the arithmetic: in place
+    if lse is not None and lse.dtype == scores.dtype:
+        probabilities = scores.sub_(lse[..., None]).clamp_(max=0).exp_()
+    else:
+        probabilities = torch.softmax(scores, dim=-1)
+    attended = probabilities.mul_((grad_out @ v.mT).relu_()).mean(1).to(relevance_NL.dtype)  # (N, rows, L)
     return relevance_NL + (relevance_NL[:, None, :rows] @ attended)[:, 0]
 
 
