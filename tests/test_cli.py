@@ -326,7 +326,7 @@ def test_bad_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights["visual.proj"] = torch.zeros_like(weights["visual.proj"])
     save_file(weights, tmp_path / "blind.safetensors")
     blind = ["--pretrained", tmp_path / "blind.safetensors"]
-    assert "zero everywhere" in fails(capsys, "mask", image, image, "--class", "a two.", *blind)
+    assert "zero everywhere" in fails(capsys, "mask", image, write_image(tmp_path / "two.png", 4), "--class", "a two.", *blind)
 
 
 def test_cuda_is_refused_where_there_is_none(

@@ -59,7 +59,7 @@ class Model:
         """
         chosen, prompts = texts(names, "classes"), texts(templates, "templates")
         tell_twins(chosen, chosen)
-        classifier = self._clip().classifier(chosen, prompts).to(self.device)
+        classifier = self._clip().classifier(chosen, prompts, device=self.device)
         return replace(self, classifier=classifier, class_names=chosen, class_folders=chosen)
 
     def predict(self, images: Any, *, top: int = 5) -> list[list[tuple[str, float]]]:

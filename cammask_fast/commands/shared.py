@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from cammask_fast.checkpoint import Description, save_classifier
 from cammask_fast.data.loaders.config import REPORT, LoaderConfig
-from cammask_fast.distributed import World
+from cammask_fast.distributed import World, broadcast_state, is_initialized
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import load_pretrained
 from cammask_fast.model.templates import read_templates
+from cammask_fast.runtime.env import rank
 from cammask_fast.runtime.notices import remark
 
 Options = dict[str, Any]
@@ -53,8 +55,17 @@ def max_bad_of(args: Options) -> float:
     return 0.0 if args.get("strict") else args["max_bad"]
 
 
+class SharedHead(NamedTuple):
+    """A head on its way from rank 0 to the others."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
 def zero_shot_model(arch: str, pretrained: str, class_names: Sequence[str], templates: Path | None, device: str) -> Classifier:
-    """A pre-trained CLIP as a zero-shot classifier.
+    """A pre-trained CLIP as a zero-shot classifier. Rank 0 makes its head, or finds it in the cache, and the others get it.
+
+    To be called by all processes.
 
     Args:
         arch: name of the architecture.
@@ -70,7 +81,11 @@ def zero_shot_model(arch: str, pretrained: str, class_names: Sequence[str], temp
         ValueError: for weights or templates that cannot be read.
     """
     chosen = () if templates is None else read_templates(templates)
-    return load_pretrained(arch, pretrained).classifier(class_names, chosen).to(device)
+    clip, head = load_pretrained(arch, pretrained), None
+    if rank() == 0 or not is_initialized():
+        head = SharedHead({"weight": clip.head(class_names, chosen, device=device)}, {})
+    shared = broadcast_state(head)
+    return Classifier(clip.visual, shared.tensors["weight"]).to(device).eval()
 
 
 def save(folder: Path, models: Mapping[str, Classifier], arch: str, class_names: Sequence[str], run: Options) -> None:

@@ -17,11 +17,12 @@ from cammask_fast.data.datasets.texture_digits import TEMPLATES
 from cammask_fast.model.beside import config_beside, refuse_other_preprocessing
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.files import load_exactly
+from cammask_fast.model.head_cache import MANY_PROMPTS, TenthsOf, head_key, kept_head
 from cammask_fast.model.layouts import architectures_with, shape_of
 from cammask_fast.model.tiny_clip import TINY_VIT, build_tiny_clip, tokenizer
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.model.weights import Weights, read_weights
-from cammask_fast.model.zero_shot import load_tiny_clip, zero_shot_weights
+from cammask_fast.model.zero_shot import Told, load_tiny_clip, zero_shot_weights
 from cammask_fast.runtime.notices import notice, say
 
 OPENAI_ARCHITECTURES = {
@@ -49,10 +50,28 @@ class PretrainedClip:
         assert isinstance(self.clip.visual, VisionTransformer)
         return self.clip.visual
 
-    def classifier(self, class_names: Sequence[str], templates: Sequence[str] = ()) -> Classifier:
-        """The zero-shot classifier over `class_names`, with the model's own templates unless others are given."""
-        weights = zero_shot_weights(self.clip, self.tokenize, class_names, templates or self.templates)
-        return Classifier(self.visual, weights).eval()
+    def head(self, class_names: Sequence[str], templates: Sequence[str] = (), *, device: str = "cpu") -> Tensor:
+        """The zero-shot head over `class_names`, float32 (K, E) on the CPU.
+
+        Many prompts are told while they are embedded, and their head is kept in a folder of the user (see `kept_head`).
+
+        Args:
+            class_names: K names.
+            templates: with one `{}` each (default: the model's own).
+            device: where the text tower runs.
+        """
+        templates = tuple(templates) or self.templates
+
+        def build(told: Told | None = None) -> Tensor:
+            return zero_shot_weights(self.clip, self.tokenize, class_names, templates, device=device, told=told)
+
+        if len(class_names) * len(templates) < MANY_PROMPTS:
+            return build()
+        return kept_head(head_key(self.clip, self.tokenize, class_names, templates), lambda: build(TenthsOf("zero-shot head")))
+
+    def classifier(self, class_names: Sequence[str], templates: Sequence[str] = (), *, device: str = "cpu") -> Classifier:
+        """The zero-shot classifier over `class_names`, on the device; see `head`."""
+        return Classifier(self.visual, self.head(class_names, templates, device=device)).to(device).eval()
 
 
 def open_clip_name(arch: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import as_file, files
 from typing import Any
 
-import open_clip
 import torch
+import torch.nn.functional as F
 from open_clip.model import CLIP
 from torch import Tensor
 
@@ -20,37 +21,123 @@ from cammask_fast.model.tiny_clip import build_tiny_clip, tokenizer
 from cammask_fast.model.vit import VisionTransformer
 
 TINY_WEIGHTS = "tiny_clip.safetensors"
+PROMPTS_IN_MEMORY = 8192
+"""Prompts, of whole classes, that are tokenised and sorted by length at a time."""
+TOKENS_OF_A_BATCH = {"cpu": 2**12, "cuda": 2**17}
+"""Tokens of one forward of the text tower, by kind of device."""
+
+Told = Callable[[int, int], None]
+"""Called with the prompts that are done and those in all."""
 
 
 @torch.no_grad()
 def zero_shot_weights(
-    clip: CLIP, tokenize: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
+    clip: CLIP,
+    tokenize: Callable[[list[str]], Tensor],
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    told: Told | None = None,
 ) -> Tensor:
-    """Weights of the zero-shot head, exp(logit_scale) included.
-
-    Per class: the mean over templates of the normalised text embeddings, normalised again.
+    """Head weights, exp(logit_scale) included: per class the mean over templates of the normalised text embeddings, normalised
+    again.
 
     Args:
-        clip: the model whose text tower embeds the prompts.
-        tokenize: maps strings to token ids.
+        clip: both towers; its text tower is moved to the device and back.
+        tokenize: texts to int64 (n, context length).
         class_names: K names.
-        templates: format strings with one `{}` for the name.
+        templates: format strings with one `{}`.
+        device: where the text tower runs.
+        told: gets the progress.
 
     Returns:
-        float32 (K, E).
+        float32 (K, E), on the CPU.
 
     Raises:
-        ValueError: no class, or a template without a `{}` for the name.
+        ValueError: no classes, or a template without a place for the name.
     """
-    if not class_names:
-        raise ValueError("class names: expected at least one")
+    if not class_names or not templates:
+        raise ValueError("class names and templates: expected at least one of each")
     for template in templates:
         fault = template_fault(template)
         if fault:
             raise ValueError(f"prompt template {template!r}: {fault}")
-    formatters = [template.format for template in templates]
-    weights = open_clip.build_zero_shot_classifier(clip, tokenize, list(class_names), formatters)  # (E, K)
-    return weights.T.float() * clip.logit_scale.exp().float()
+    visual, home = clip.visual, clip.logit_scale.device
+    del clip.visual  # it need not travel
+    try:
+        clip.to(device)
+        rows, per_block, total = [], max(1, PROMPTS_IN_MEMORY // len(templates)), len(class_names) * len(templates)
+        for first in range(0, len(class_names), per_block):
+            names = class_names[first : first + per_block]
+            tokens = tokenize([template.format(name) for name in names for template in templates])
+            after_others = None if told is None else partial(_told_after, told, first * len(templates), total)
+            embedded = encode_texts(clip, tokens, after_others)
+            rows.append(F.normalize(embedded.view(len(names), len(templates), -1).mean(1), dim=-1).cpu())
+        return torch.cat(rows) * clip.logit_scale.exp().float().cpu()
+    finally:
+        clip.visual = visual
+        clip.to(home)
+
+
+def _told_after(told: Told, before: int, total: int, done: int) -> None:
+    told(before + done, total)
+
+
+def encode_texts(clip: CLIP, tokens: Tensor, told: Callable[[int], None] | None = None) -> Tensor:
+    """The text tower's normalised embeddings, float32 (n, E), on its device.
+
+    In a tower with causal attention nothing behind a text's end has an influence on its embedding (as in OpenAI's and
+    open_clip's CLIPs), so texts of like length run together, cut off behind the longest: a fifth of the work for prompts of 15
+    tokens in a context of 77.
+
+    Args:
+        clip: the text tower's owner.
+        tokens: int64 (n, context length), on the CPU.
+        told: called with the number of texts that are done.
+    """
+    device, lengths = clip.logit_scale.device, tokens.argmax(1) + 1
+    if not _can_be_cut(clip):
+        lengths = torch.full_like(lengths, tokens.shape[1])
+    lengths, order = lengths.sort(stable=True)
+    budget = TOKENS_OF_A_BATCH["cuda" if device.type == "cuda" else "cpu"]
+    found, done = torch.empty(0), 0
+    while done < len(tokens):
+        rest = lengths[done : done + budget]
+        count = max(1, int((rest * torch.arange(1, len(rest) + 1) <= budget).sum()))  # padded to the longest of the batch
+        chosen = order[done : done + count]
+        part = tokens[chosen, : int(rest[count - 1])].to(device)
+        embedded = F.normalize(_encode(clip, part).float(), dim=-1)
+        if not done:
+            found = embedded.new_empty(len(tokens), embedded.shape[1])
+        found[chosen.to(device)] = embedded
+        done += count
+        if told is not None:
+            told(done)
+    return found
+
+
+def _can_be_cut(clip: CLIP) -> bool:
+    """Whether texts may be cut off behind their last token: causal attention, and the embedding is that of the end's token."""
+    mask = clip.attn_mask
+    if clip.text_pool_type != "argmax" or mask is None:
+        return False
+    return torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
+
+
+def _encode(clip: CLIP, tokens: Tensor) -> Tensor:
+    """open_clip's `encode_text` for tokens (n, L) that may be fewer than the context."""
+    length = tokens.shape[1]
+    if length == len(clip.positional_embedding):
+        return clip.encode_text(tokens)
+    dtype = clip.transformer.get_cast_dtype()
+    x = clip.token_embedding(tokens).to(dtype) + clip.positional_embedding[:length].to(dtype)
+    x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))
+    ends = x[torch.arange(len(x), device=x.device), tokens.argmax(1)]
+    projection = clip.text_projection
+    if projection is None:
+        return ends
+    return projection(ends) if isinstance(projection, torch.nn.Linear) else ends @ projection
 
 
 def load_tiny_clip() -> CLIP:

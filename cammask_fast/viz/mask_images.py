@@ -108,7 +108,7 @@ def look_with_prompts(arch: str, pretrained: str, prompts: Sequence[str], device
         raise ValueError("--class PROMPT: needed with a pre-trained model; a run or checkpoint has classes of its own")
     if arch == "tiny":
         refuse_unknown_words(prompts)
-    model = load_pretrained(arch, pretrained).classifier(prompts, ("{}",)).to(device)
+    model = load_pretrained(arch, pretrained).classifier(prompts, ("{}",), device=device)
     return Look(model, tuple(prompts), tuple(range(len(prompts))))
 
 
@@ -178,6 +178,7 @@ def mask_photographs(
     strategies = [parse_strategy(name) for name in ([masking] if masking else PAPER_STRATEGIES)]
     size = look.model.visual.config.image_size
     if donors is None and len(photographs) < 2 and any(strategy.fill != "none" for strategy in strategies):
+        photograph(photographs[0], size)
         raise ValueError(
             "one photograph has nothing to fill from: give --donors FOLDER, more photographs, or a NoFill --masking"
         )
