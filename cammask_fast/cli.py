@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import cammask_fast
 from cammask_fast import __version__
 from cammask_fast.config import PRECISIONS, OptimConfig, TrainConfig, options_of
+from cammask_fast.recipes.run_recipe import is_recipe_file, option_words
 from cammask_fast.runtime.env import launched
 from cammask_fast.runtime.notices import collecting
 from cammask_fast.runtime.signals import EXIT_CODE, TrainingPreempted
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["bench"]:  # has its own parser
             return run_bench(arguments[1:])
-        args = build_parser().parse_args(arguments)
-        with collecting(strict=vars(args).get("strict", False)):
-            return run_command(vars(args))
+        args = parse(arguments)
+        with collecting(strict=args.get("strict", False)):
+            return run_command(args)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError) as error:
@@ -57,6 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_CODE, kind="")
     except RuntimeError as error:
         return _fail(_of_the_world(error), 2)
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """The options of a command, and what was typed as `words`; those of a run's recipe stand before them. Raises ValueError."""
+    args = vars(build_parser().parse_args(arguments))
+    if args.get("recipe") and is_recipe_file(args["recipe"]):
+        words = [arguments[0], *option_words(args["recipe"]), *arguments[1:]]
+        try:
+            args = vars(build_parser().parse_args(words))
+        except ValueError as error:
+            raise ValueError(f"--recipe {args['recipe']}: {error}") from None
+    if "data" in args and args["data"] is None:
+        raise ValueError("the following arguments are required: --data (see cammask train --help)")
+    return {**args, "words": arguments}
 
 
 def run_command(args: dict[str, Any]) -> int:
@@ -128,7 +143,7 @@ def build_parser() -> Parser:
     _shared(demo, out=("demo", "folder of the report"), devices=("cpu",))
 
     train = command("train", "training.run_train", "fine-tune a CLIP on a folder of images or on the embedded benchmark")
-    _data(train)
+    _data(train, required=False)  # a recipe may name it, see `parse`
     _model(train)
     text = "start from the weights of a run or checkpoint instead (its best one); heads are matched by class name"
     train.add_argument("--init", metavar="RUN|CHECKPOINT", help=text)
@@ -259,13 +274,13 @@ def _strict(parser: Parser) -> None:
     parser.add_argument("--strict", action="store_true", help=text)
 
 
-def _data(parser: Parser, *, table: bool = False) -> None:
+def _data(parser: Parser, *, table: bool = False, required: bool = True) -> None:
     _strict(parser)
     if not table:
         text = (
             "image folder, tar shards (a folder, a pattern in braces, a .txt list), or texture-digits: the embedded benchmark"
         )
-        parser.add_argument("--data", required=True, metavar="FOLDER", help=text)
+        parser.add_argument("--data", required=required, metavar="FOLDER", help=text)
         return
     text = (
         "image folders, tar shards, texture-digits, NAME=FOLDER for a set of ImageNet's family, or a folder that holds several"
@@ -331,7 +346,8 @@ def _settings(parser: Parser, settings: type) -> None:
 
 def _training(parser: Parser) -> None:
     """What trains and how; settings that are not given come from the recipe, else from the paper."""
-    parser.add_argument("--recipe", metavar="NAME", help="`cammask recipes` lists them; other options override it")
+    text = "`cammask recipes` lists them; or a file, such as recipe.toml of a run, which it repeats; other options override it"
+    parser.add_argument("--recipe", metavar="NAME|FILE", help=text)
     for settings in (TrainConfig, OptimConfig):
         _settings(parser, settings)
     parser.add_argument("--val-share", type=float, help="hold out this share of each class (default: val/, else 0.1)")
@@ -356,6 +372,8 @@ def _surviving(parser: Parser) -> None:
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=text)
     text = "trace a few steps after warm-up: trace.json and operators.txt, the 20 operators that take most time"
     parser.add_argument("--profile", type=Path, metavar="DIR", help=text)
+    text = "keep the optimiser's moments and all checkpoints of a finished run (default: its final state without moments)"
+    parser.add_argument("--keep-optimizer", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out, or begun there")
 
 

@@ -191,7 +191,7 @@ class TrainState:
         for name, value in self.student.state_dict().items():
             value.copy_(tensors[f"student.{name}"])
         for name, value in self.moments().items():
-            if name != "updates":
+            if name != "updates" and metadata.get("moments", True):  # a finished run has left none: see `drop_moments`
                 value.copy_(tensors[name])
         self.step, self.epoch = int(metadata["step"]), int(metadata["epoch"])
         self.best_accuracy, self.best_step = float(metadata["best_accuracy"]), int(metadata["best_step"])

@@ -26,6 +26,8 @@ from cammask_fast.model.files import read_safetensors
 from cammask_fast.state import Snapshot
 
 FORMAT = "cammask-run-1"
+MOMENTS = ("exp_avg.", "exp_avg_sq.")
+"""Prefixes of the optimiser's tensors."""
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -76,6 +78,36 @@ class Checkpoints:
                 self.warn(f"{error}: going back to the checkpoint before it")
         return None
 
+    def drop_moments(self, weights: Mapping[str, Path]) -> None:
+        """Leave of a finished run its last state alone, without the optimiser's moments, and with the weights in the files of
+        the run. What is left is read as any checkpoint. It holds what a longer training with a new schedule needs (weights,
+        generators, epoch, position in the data); that begins with an optimiser that has seen nothing.
+
+        Args:
+            weights: classifier files by prefix of the state's tensors (`student`, `best`). One with the same values, in the
+                folder of the run, takes the place of the copy in the checkpoint.
+        """
+        folders = self.folders()
+        if not folders:
+            return
+        try:
+            _, settings, saved = read_checkpoint(folders[-1])
+            tensors = {name: value for name, value in saved.tensors.items() if not name.startswith(MOMENTS)}
+            part = folders[-1].with_name(f"{folders[-1].name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            elsewhere = {prefix: path for prefix, path in weights.items() if _holds(path, prefix, tensors)}
+            own = {name: value for name, value in tensors.items() if name.split(".")[0] not in elsewhere}
+            write_checkpoint(part, own, {**saved.metadata, "moments": False}, settings, elsewhere=elsewhere)
+            _remove(folders[-1])
+            part.rename(folders[-1])
+            for path in folders[:-1]:
+                _remove(path)
+            _sync(self.folder)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            self.warn(f"the optimiser's state stays in {self.folder} ({reason})")
+
     def folders(self) -> list[Path]:
         """The folders of complete checkpoints, oldest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else iter(())
@@ -113,7 +145,12 @@ class Checkpoints:
 
 
 def write_checkpoint(
-    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], settings: Mapping[str, Any]
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    elsewhere: Mapping[str, Path] | None = None,
 ) -> None:
     """Write a checkpoint into an empty folder and sync it to disk.
 
@@ -122,6 +159,7 @@ def write_checkpoint(
         tensors: by name.
         metadata: of the state, JSON values.
         settings: of the run, JSON values; a resumed run must have the same.
+        elsewhere: files two folders above that hold the tensors of a prefix.
 
     Raises:
         OSError: the folder cannot be written.
@@ -132,6 +170,9 @@ def write_checkpoint(
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     state = {"format": FORMAT, "settings": dict(settings), "state": dict(metadata), "tensors": digest}
+    if elsewhere:
+        own = {prefix: [path.name, _digest_of_tensors(read_safetensors(path)[0])] for prefix, path in elsewhere.items()}
+        state["elsewhere"] = own
     with (folder / STATE).open("w", encoding="utf-8") as text:
         json.dump({**state, "sha256": _digest(state)}, text, indent=1)
         text.flush()
@@ -146,10 +187,14 @@ def read_checkpoint(folder: Path) -> StoredCheckpoint:
         claimed = state.pop("sha256")
         if state["format"] != FORMAT or claimed != _digest(state):
             raise ValueError("state.json was changed")
-        with (folder / TENSORS).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != state["tensors"]:
-                raise ValueError("tensors.safetensors was changed or cut off")
+        if _digest_of(folder / TENSORS) != state["tensors"]:
+            raise ValueError("tensors.safetensors was changed or cut off")
         tensors, _ = read_safetensors(folder / TENSORS)
+        for prefix, (name, expected) in state.get("elsewhere", {}).items():
+            weights, _ = read_safetensors(folder.parent.parent / Path(name).name)
+            if _digest_of_tensors(weights) != expected:
+                raise ValueError(f"{name} was changed")
+            tensors |= {f"{prefix}.{key}": value for key, value in weights.items()}
         return StoredCheckpoint(folder, state["settings"], Snapshot(tensors, state["state"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -179,6 +224,31 @@ def _on_host(tensors: Mapping[str, Tensor], ready: Any) -> dict[str, Tensor]:
 
 def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes, types and values; a file's header may change."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _holds(path: Path, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds exactly the tensors of that prefix, bit for bit."""
+    ours = {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+    if not ours or not path.exists():
+        return False
+    theirs, _ = read_safetensors(path)
+    return theirs.keys() == ours.keys() and all(
+        theirs[name].dtype == value.dtype and torch.equal(theirs[name], value) for name, value in ours.items()
+    )
 
 
 def _step_of(path: Path) -> int:

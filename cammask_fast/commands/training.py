@@ -17,10 +17,11 @@ from cammask_fast import __version__
 from cammask_fast.checkpoint import Checkpoints, describe_run
 from cammask_fast.checkpoint.heads import Classes
 from cammask_fast.commands.outcome import report, validated
+from cammask_fast.commands.run_record import begin_record
 from cammask_fast.commands.settings import Chosen, flat, given_settings
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, warn, zero_shot_model
 from cammask_fast.commands.starting_point import ZERO_SHOT, starting_point
-from cammask_fast.config import TrainConfig, load_recipe
+from cammask_fast.config import TrainConfig
 from cammask_fast.data.class_names import class_list
 from cammask_fast.data.factory import DataSubset, TrainingData, open_training
 from cammask_fast.data.text_files import read_text
@@ -32,6 +33,7 @@ from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import vit_config
 from cammask_fast.profiling import StepProfiler
 from cammask_fast.progress import TrainingProgress
+from cammask_fast.recipes.run_recipe import open_recipe
 from cammask_fast.runtime.files import write_text
 from cammask_fast.runtime.notices import noticed
 from cammask_fast.runtime.run_dir import CHECKPOINTS, RunLock, RunLog, clear, record_launch, torchrun_id, was_launched_by
@@ -45,7 +47,7 @@ def run_train(args: Options) -> None:
 
     Raises ValueError where the options or the data cannot work, or where the folder already holds another run.
     """
-    recipe = load_recipe(args["recipe"]) if args["recipe"] else {}
+    recipe = open_recipe(args["recipe"]) if args["recipe"] else {}
     chosen = Chosen(given_settings(args, recipe.get("train", {})))
     config = chosen.config
     positive(args, "save_every", "keep", "log_every", "timeout")
@@ -115,6 +117,7 @@ def train_here(
             if args["overwrite"] and not was_launched_by(out, launchers):
                 clear(out)
             record_launch(out, launchers)
+            begun = begin_record(out, args, config, data, start=point.record, device=device, world=dist_info)
             for line in (*data.summary, *chosen.lines()):
                 print(line, flush=True)
         before: dict[str, float] = {}
@@ -144,10 +147,13 @@ def train_here(
                 "accuracy": {} if score is None else {"validation": score},
             }  # fmt: skip
             save(out, models, point.arch, data.class_names, run)
-            record = {**run, "class_names": data.class_names}
+            record = {**run, **begun, "class_names": data.class_names}
             write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
             found = f"{validated(before.get(ZERO_SHOT), score)}written to {out / 'best.safetensors'}"
             print(f"{config.method} on {len(data.class_names)} classes: {found}")
+            if trains and not args["keep_optimizer"]:
+                weights = {"student": out / "last.safetensors", "best": out / "best.safetensors"}
+                Checkpoints(out / CHECKPOINTS, settings, warn=warn).drop_moments(weights)
             if trains and dist_info.size == 1:
                 report(out, record, start, models["best"], data, config)
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from cammask_fast.runtime.env import launched
 from cammask_fast.runtime.files import write_text
+from cammask_fast.runtime.metrics_csv import METRICS, MetricsTable
 from cammask_fast.runtime.notices import notice
 
-LOCK, LOG, CHECKPOINTS, LAUNCH = "lock", "log.jsonl", "checkpoints", "launch.json"
+LOCK, LOG, CHECKPOINTS, LAUNCH, RECIPE = "lock", "log.jsonl", "checkpoints", "launch.json", "recipe.toml"
 HEARTBEAT = 15.0
 STALE = 60.0
 """Seconds without a heartbeat after which a lock of another machine is stale."""
@@ -70,8 +71,8 @@ class RunLock:
         self._over.set()
         with contextlib.suppress(OSError):
             self._file.truncate(0)
-            if {path.name for path in self.path.parent.iterdir()} <= {LOCK, LAUNCH}:  # nothing came of the run
-                for name in (LAUNCH, LOCK):
+            if {path.name for path in self.path.parent.iterdir()} <= {LOCK, LAUNCH, RECIPE}:  # nothing came of the run
+                for name in (LAUNCH, RECIPE, LOCK):
                     (self.path.parent / name).unlink(missing_ok=True)
                 self.path.parent.rmdir()
         self._file.close()
@@ -131,11 +132,13 @@ def _born(pid: Any) -> str | None:
 
 class RunLog:
     """A JSON line per look at the steps (means since the last: loss and its parts, gradient norm, mask share, entropy of the
-    maps, images per second; learning rate, skipped steps so far) and one per epoch (accuracies in percent, by set)."""
+    maps, images per second; learning rate, skipped steps so far) and one per epoch (accuracies in percent, by set). The same
+    numbers stand in `metrics.csv`."""
 
     def __init__(self, folder: Path, *, warn: Callable[[str], None]):
         self.path, self.warn, self.failed = folder / LOG, warn, False
         self.pending: list[str] = []
+        self.table = MetricsTable(self.path)
 
     def truncate_after(self, step: int, epoch: int | None = None) -> None:
         """Drop what came after `step` and the epoch of that number, from where the run resumes. Raises OSError when the file
@@ -152,6 +155,7 @@ class RunLog:
             except (ValueError, TypeError, KeyError):  # a line that a kill has cut off
                 continue
         write_text(self.path, "".join(kept))
+        self.table.rebuild()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line, and those that could not be written before."""
@@ -168,9 +172,18 @@ class RunLog:
             if size is not None:
                 with contextlib.suppress(OSError):
                     os.truncate(self.path, size)  # no half lines
-            if not self.failed:
-                self.warn(f"cannot write {self.path} ({error.strerror or error}); the run goes on and tries again")
-            self.failed = True
+            self.table.columns = ()
+            self._failed(self.path, error)
+            return
+        try:
+            self.table.add(line)
+        except OSError as error:
+            self._failed(self.table.path, error)
+
+    def _failed(self, path: Path, error: OSError) -> None:
+        if not self.failed:
+            self.warn(f"cannot write {path} ({error.strerror or error}); the run goes on and tries again")
+        self.failed = True
 
 
 def torchrun_id() -> str | None:
@@ -195,7 +208,7 @@ def was_launched_by(folder: Path, launchers: Sequence[str | None]) -> bool:
 
 def clear(folder: Path) -> None:
     """Remove an earlier run from its folder."""
-    for name in ("run.json", "best.safetensors", "last.safetensors", LOG, LAUNCH, "bad_samples.tsv", "report.html"):
+    for name in ("run.json", "best.safetensors", "last.safetensors", LOG, METRICS, LAUNCH, "bad_samples.tsv", "report.html"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
