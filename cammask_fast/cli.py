@@ -282,9 +282,7 @@ def _data(parser: Parser, *, table: bool = False, required: bool = True) -> None
         )
         parser.add_argument("--data", required=required, metavar="FOLDER", help=text)
         return
-    text = (
-        "image folders, tar shards, texture-digits, NAME=FOLDER for a set of ImageNet's family, or a folder that holds several"
-    )
+    text = "image folders, tar shards, texture-digits, NAME=FOLDER to name a set, or a folder of several of ImageNet's family"
     parser.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help=text)
     parser.add_argument("--allow-incomplete", action="store_true", help="evaluate sets of ImageNet's family that are not whole")
     _loading(parser)
@@ -354,6 +352,8 @@ def _training(parser: Parser) -> None:
     parser.add_argument("--val-images", type=int, metavar="N", help="hold out N images, stratified (the paper: 10240)")
     parser.add_argument("--shots", type=int, metavar="K", help="train on K images per class, or all of a class that has fewer")
     parser.add_argument("--classes", default="", metavar="LIST", help="class folders to use: a,b,c or a file with one per line")
+    text = "also evaluate these before training, after every epoch and at the end: folders, or whatever `evaluate --data` takes"
+    parser.add_argument("--eval", nargs="+", default=[], metavar="NAME=FOLDER", help=text)
     text = "random-crop=0.08 flip color-jitter=0.4 rand-augment=2,9 (default: none, as in the paper)"
     parser.add_argument("--augment", nargs="+", default=[], metavar="NAME", help=text)
     _loading(parser)

@@ -51,8 +51,10 @@ class AccuracyMeter:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """logits: (N, K). labels: int64 (N,)."""
         probabilities = logits[:, self.counted].float().softmax(1)
+        finite = probabilities.isfinite().all(1, keepdim=True)  # a model that diverged predicts nothing
+        probabilities = torch.where(finite, probabilities, 0.0)
         confidence, best = probabilities.topk(min(TOP, len(self.counted)), 1)
-        right = self.groups[best] == labels[:, None]
+        right = (self.groups[best] == labels[:, None]) & finite
         counts = torch.stack([torch.ones_like(right[:, 0]), right[:, 0], right.any(1)]).long()
         self.of_class.index_add_(1, labels, counts)
         bin_index = (confidence[:, 0] * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)

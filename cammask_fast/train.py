@@ -41,11 +41,13 @@ Parts = list[tuple[Batch, MaskRandomness | None]]
 
 class FineTuned(NamedTuple):
     """best: the checkpoint with the best validation accuracy (for WiSE-FT: the last one interpolated with the zero-shot
-    weights). last: the checkpoint after the last step. skipped: steps whose loss or gradient was not finite."""
+    weights). last: the checkpoint after the last step. skipped: steps whose loss or gradient was not finite. best_epoch: of the
+    best checkpoint, counted from 1."""
 
     best: Classifier
     last: Classifier
     skipped: int = 0
+    best_epoch: int = 0
 
 
 class NonFiniteLoss(ValueError):  # noqa: N818  (reads as what happened)
@@ -206,7 +208,8 @@ def fine_tune(
     best.load_state_dict(state.best_weights)
     if config.resolved.interpolate:
         best.load_state_dict(interpolate(teacher.state_dict(), best.state_dict(), config.alpha))
-    return FineTuned(best.requires_grad_(True), student.requires_grad_(True).eval(), state.read_and_reset().skipped)
+    skipped, best_epoch = state.read_and_reset().skipped, state.best_step // len(train)
+    return FineTuned(best.requires_grad_(True), student.requires_grad_(True).eval(), skipped, best_epoch)
 
 
 def split_microbatches(batch: Batch, config: TrainConfig, state: TrainState, world: World) -> Parts:

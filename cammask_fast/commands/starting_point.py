@@ -14,7 +14,7 @@ from cammask_fast.checkpoint.source import find_checkpoint, is_own
 from cammask_fast.commands.shared import Options
 from cammask_fast.config import TrainConfig
 from cammask_fast.model.classifier import Classifier
-from cammask_fast.model.pretrained import vit_config
+from cammask_fast.model.pretrained import default_pretrained, vit_config
 from cammask_fast.runtime.notices import remark
 
 TEACHERS = ("pretrained", "init")
@@ -52,17 +52,29 @@ class StartingPoint:
         own = {} if self.init is None else {"init": str(self.init.path), "teacher": self.teacher}
         return {"arch": self.arch, "pretrained": self.pretrained, **own}
 
+    @property
+    def start_name(self) -> str:
+        """What the model is called from which the student starts, in `untrained`."""
+        return ZERO_SHOT if self.init is None else f"{self.init.path}:"
+
+    @property
+    def weights(self) -> str:
+        """Whose weights the student starts with, for people."""
+        if self.init is not None:
+            return str(self.init.path)
+        return self.pretrained or f"{default_pretrained(self.arch)} (the default)"
+
     def untrained(self, teacher: Classifier, start: Classifier) -> dict[str, Classifier]:
         """The models before the first step, by what they are called in front of "accuracy"."""
         if self.init is None:
             return {ZERO_SHOT: teacher}
-        return {**({} if teacher is start else {ZERO_SHOT: teacher}), f"{self.init.path}:": start}
+        return {**({} if teacher is start else {ZERO_SHOT: teacher}), self.start_name: start}
 
-    def measured(self, before: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    def measured(self, before: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
         """Validation accuracies of `untrained` as they stand in run.json: `zero_shot`, and `start` with `--init`."""
         found: dict[str, dict[str, float]] = {"zero_shot": {}} if self.init is None else {"zero_shot": {}, "start": {}}
         for name, value in before.items():
-            found["zero_shot" if name == ZERO_SHOT else "start"] = {"validation": value}
+            found["zero_shot" if name == ZERO_SHOT else "start"] = dict(value)
         return found
 
     def models(

@@ -18,16 +18,17 @@ from cammask_fast.checkpoint import Checkpoints, describe_run
 from cammask_fast.checkpoint.heads import Classes
 from cammask_fast.commands.outcome import report, validated
 from cammask_fast.commands.run_record import begin_record
+from cammask_fast.commands.screen import TimeEstimate, screen
 from cammask_fast.commands.settings import Chosen, flat, given_settings
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, warn, zero_shot_model
 from cammask_fast.commands.starting_point import ZERO_SHOT, starting_point
+from cammask_fast.commands.watching import VALIDATION, Watched, accuracy_lines, comparison, diverged, log_of, watch
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.class_names import class_list
 from cammask_fast.data.factory import DataSubset, TrainingData, open_training
 from cammask_fast.data.text_files import read_text
 from cammask_fast.data.transforms import Augment
 from cammask_fast.distributed import World, all_gather_object, check_same_on_all_ranks, init_distributed
-from cammask_fast.evaluate import accuracy
 from cammask_fast.masking.kept import refuse_moving_pixels
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.pretrained import vit_config
@@ -99,6 +100,10 @@ def train_here(
         loader_config=loader_config_of(args, device, out, dist_info),
     )  # fmt: skip
     config = chosen.config
+    sets = watch(
+        data.validation, args["eval"], image_size=vit.image_size, class_folders=data.class_folders,
+        config=loader_config_of(args, device, out, dist_info),
+    )  # fmt: skip
     teacher, start = point.models(
         config, Classes(data.class_names, data.class_folders),
         lambda: zero_shot_model(point.arch, point.pretrained, data.class_names, args["templates"], device), device,
@@ -118,23 +123,28 @@ def train_here(
                 clear(out)
             record_launch(out, launchers)
             begun = begin_record(out, args, config, data, start=point.record, device=device, world=dist_info)
-            for line in (*data.summary, *chosen.lines()):
+            for line in screen(
+                arch=point.arch, weights=point.weights, tower=start.visual, data=data.summary, config=config,
+                watched={name: len(one.labels) for name, one in sets.sets.items()}, steps=len(data.train),
+                chosen=chosen.lines(), device=device, processes=dist_info.size, loader=type(data.train).__name__,
+            ):  # fmt: skip
                 print(line, flush=True)
-        before: dict[str, float] = {}
-        if trains and data.validation is not None:
+        before: dict[str, dict[str, float]] = {}
+        if trains:
             for name, model in point.untrained(teacher, start).items():
-                before[name] = accuracy(model, data.validation, device=device)
+                before[name] = sets.scores(model)
                 if dist_info.is_main_process:
-                    count = len(data.validation.labels)
-                    print(f"{name} accuracy on the {count} validation images: {before[name]:.2f} %", flush=True)
+                    for line in accuracy_lines(name, before[name], sets.images()):
+                        print(line, flush=True)
         models, watched = (
-            train_with_progress(teacher, start, data, config, args, out, settings, dist_info, stop)
+            train_with_progress(teacher, start, data, config, args, out, settings, dist_info, stop, sets, before)
             if trains
             else ({"best": start}, {})
         )
         seconds = time.perf_counter() - started
-        score = None if data.validation is None else accuracy(models["best"], data.validation, device=device)
-        say_unreadable(dist_info, data.train, data.validation)
+        scores = sets.scores(models["best"])
+        score = scores.get(VALIDATION)
+        say_unreadable(dist_info, data.train, data.validation, *(one.loader for one in sets.sets.values()))
         if dist_info.is_main_process:
             run = {
                 **describe_run(config.to_dict(), score, data.class_names),
@@ -144,18 +154,32 @@ def train_here(
                 "loader": type(data.train).__name__, "augment": args["augment"], "cammask_fast": __version__,
                 "trained_on": data.path if trains else None, "notices": noticed(),
                 **point.measured(before),
-                "accuracy": {} if score is None else {"validation": score},
+                "accuracy": scores,
             }  # fmt: skip
             save(out, models, point.arch, data.class_names, run)
             record = {**run, **begun, "class_names": data.class_names}
             write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
-            found = f"{validated(before.get(ZERO_SHOT), score)}written to {out / 'best.safetensors'}"
+            for line in comparison(before[point.start_name], scores, point.start_name) if trains else ():
+                print(line)
+            if "best_epoch" in watched:
+                print(f"best epoch: {watched['best_epoch']} of {config.epochs}")
+            found = f"{validated(before.get(ZERO_SHOT, {}).get(VALIDATION), score)}written to {out / 'best.safetensors'}"
             print(f"{config.method} on {len(data.class_names)} classes: {found}")
             if trains and not args["keep_optimizer"]:
                 weights = {"student": out / "last.safetensors", "best": out / "best.safetensors"}
                 Checkpoints(out / CHECKPOINTS, settings, warn=warn).drop_moments(weights)
             if trains and dist_info.size == 1:
                 report(out, record, start, models["best"], data, config)
+
+
+def refuse_diverged(out: Path, config: TrainConfig, classes: int, before: float | None, dist_info: World) -> None:
+    """Raise ValueError, on all processes alike, where a run went astray; see `watching.diverged`."""
+    own = None
+    if dist_info.is_main_process:
+        own = diverged(log_of(out), classes=classes, before=before, lr=config.optim.lr, weight=config.w_task)
+    said = all_gather_object(own)[0]
+    if said is not None:
+        raise ValueError(said)
 
 
 def positive(args: Options, *names: str) -> None:
@@ -172,7 +196,7 @@ def digest(*items: Any) -> str:
 
 def train_with_progress(
     teacher: Classifier, start: Classifier, data: TrainingData, config: TrainConfig, args: Options, out: Path,
-    settings: Options, dist_info: World, stop: GracefulShutdown,
+    settings: Options, dist_info: World, stop: GracefulShutdown, sets: Watched, before: Mapping[str, Mapping[str, float]],
 ) -> tuple[dict[str, Classifier], Options]:  # fmt: skip
     """Train with a progress bar, a log and checkpoints.
 
@@ -186,6 +210,8 @@ def train_with_progress(
         settings: what a checkpoint must have been written with to be resumed here.
         dist_info: rank and number of processes; the main process prints and writes.
         stop: tells whether a signal asked the process to save and leave.
+        sets: the sets on which the run is watched.
+        before: accuracies before training, by the name of the model; the last one is where the run starts.
 
     Returns:
         The trained models, `best` and `last`, and what was measured on the way: skipped steps, share of the time spent waiting
@@ -206,12 +232,19 @@ def train_with_progress(
             if path is not None:
                 print(f"cammask: resuming from step {step} of {steps}, {path}", file=sys.stderr)
 
-        run = Run(world=dist_info, save_every=args["save_every"], settings=settings, stop=lambda: stop.requested)
+        run = Run(
+            evaluate=sets.evaluate if sets.sets else None,
+            world=dist_info,
+            save_every=args["save_every"],
+            settings=settings,
+            stop=lambda: stop.requested,
+        )
         run.debug = out / "debug"
         profiler = StepProfiler(args["profile"], device_of(args)) if args["profile"] and dist_info.is_main_process else None
         if dist_info.is_main_process:
             run.checkpoints = Checkpoints(out / CHECKPOINTS, settings, keep=args["keep"], warn=warn)
-            run.log, run.resumed = log.write, resumed
+            run.log = TimeEstimate(log.write, config=config, steps=steps, evaluation=sets.seconds)
+            run.resumed = resumed
             run.after_step = profiler or run.after_step
         started = time.perf_counter()
         try:
@@ -224,9 +257,11 @@ def train_with_progress(
         finally:
             run.finish()
         seconds = time.perf_counter() - started
+    refuse_diverged(out, config, len(data.class_names), list(before.values())[-1].get(VALIDATION), dist_info)
     stalls = [] if run.checkpoints is None else run.checkpoints.stalls
     watched = {
         "waited_for_data": round(progress.waited, 4), "skipped_steps": tuned.skipped,
+        **({"best_epoch": tuned.best_epoch} if sets.validation is not None and not config.resolved.interpolate else {}),
         "checkpoint_stall": round(max(stalls, default=0.0), 4), "checkpoints_written": len(stalls),
         "training_seconds": round(seconds, 1),
     }  # fmt: skip

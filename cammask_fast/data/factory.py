@@ -221,6 +221,10 @@ def _open_one(
             )
             for name, split in evaluation_specifications().items()
         }
+    own_name, folder = named_set(data)
+    if own_name:
+        found = _open_one(folder, image_size, folders, loader_config, allow_incomplete=allow_incomplete)
+        return {own_name if len(found) == 1 else f"{own_name}-{name}": one for name, one in found.items()}
     known = _known_sets(data)
     if known:
         return {
@@ -230,6 +234,14 @@ def _open_one(
     images = labelled_by(open_source(evaluation_location(data)), folders)
     loader = loader_config.build(images, Transform(size=image_size), batch_size=EVALUATION_BATCH)
     return {images.where: EvaluationSet(loader, images.labels, folders, torch.arange(len(folders)))}
+
+
+def named_set(data: str) -> tuple[str, str]:
+    """The name and the folder of NAME=FOLDER; no name for a set of ImageNet's family and for a path that exists."""
+    name, given, folder = data.partition("=")
+    if not given or not name or name in KNOWN or "/" in name or Path(data).exists():
+        return "", data
+    return name, folder
 
 
 def _known_sets(data: str) -> dict[str, Path]:
@@ -265,6 +277,7 @@ def _benchmark_loader(name: str, loader_config: LoaderConfig) -> ArrayLoader:
 def folders_of(data: Sequence[str]) -> tuple[str, ...]:
     """The classes of a zero-shot model for `data`: ImageNet's 1000 where a set of its family is among them, else those of the
     first."""
+    data = [named_set(one)[1] for one in data]
     if any(_known_sets(one) for one in data if one != BENCHMARK):
         return wnids()
     if data[0] == BENCHMARK:

@@ -171,7 +171,7 @@ def run_job(job: Job) -> dict[str, Any]:
     tuned = last = pretrained
     if job.trains:
         started = time.perf_counter()
-        tuned, last, _ = fine_tune(pretrained, train, validation, job.config, progress=progress)
+        tuned, last, *_ = fine_tune(pretrained, train, validation, job.config, progress=progress)
         result["train_seconds"] = time.perf_counter() - started
     _events.put(job.images - done)
     result |= {"accuracy": evaluate_all(tuned, job.scans), "cam": cam_quality(tuned)}
