@@ -102,7 +102,23 @@ def write_photographs(folder: Path) -> Path:
 
 
 def measure(data: Path, out: Path, *, loader: str, workers: int, batch: int, steps: int, minutes: float) -> dict[str, Any]:
-    """Train, and read the memory until the end, or for `minutes`. Raises ValueError when the training fails."""
+    """Train, and read the memory of all processes meanwhile.
+
+    Args:
+        data: folder of images.
+        out: folder of the run.
+        loader: `dali` or `torch`.
+        workers: of the loader.
+        batch: images per step.
+        steps: of the run, at least.
+        minutes: after which the run is stopped.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: the training fails.
+    """
     training = IMAGES - IMAGES // 10
     per_epoch = training // batch
     argv = ["train", "--data", data, "--out", out, "--arch", "tiny", "--method", "masked-object", "--loader", loader,

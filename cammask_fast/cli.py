@@ -103,7 +103,7 @@ def _fail(message: str, code: int, *, kind: str = "error: ") -> int:
 
 
 def _of_the_world(error: RuntimeError) -> str:
-    """Words for a process that is gone; any other RuntimeError is ours and goes on."""
+    """The message for a worker or rank that has failed; any other RuntimeError is a bug and is raised."""
     from cammask_fast.data.loaders.workers import worker_died
     from cammask_fast.distributed import claim_first_failure, is_peer_failure
 

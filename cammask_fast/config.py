@@ -22,7 +22,7 @@ def option(default: Any, help: str, *, metavar: str | None = None, bare: str | N
     Args:
         default: the paper's value, or that of the shipped recipes.
         help: one or two sentences, shown by `cammask train --help`; `%` need not be escaped.
-        metavar: what the help shows in the place of a value (default: the choices of a Literal, else the name).
+        metavar: what the help shows instead of a value (default: the choices of a Literal, else the name).
         bare: the value that the option stands for without one; None: it needs one.
 
     Returns:

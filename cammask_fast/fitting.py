@@ -36,8 +36,10 @@ def fitting_defaults(arch: str, images: int, method: str, given: Mapping[str, An
         method: a name of `METHODS`.
         given: settings by name, of options and recipe, without tables; values that are there are kept and decide on the rest.
         shares: equal parts that a batch is cut into, processes times micro-batches; a fitted batch size is a multiple of it.
+
     Returns:
         Values and reasons. Both are empty for a method that trains nothing.
+
     Raises:
         ValueError: the batch size that was given is larger than the data, or there are fewer images than shares.
     """
@@ -73,7 +75,20 @@ def given_config(given: Mapping[str, Any]) -> TrainConfig:
 
 
 def fitted_config(arch: str, images: int, given: Mapping[str, Any], *, shares: int = 1) -> tuple[TrainConfig, Fitted]:
-    """The settings that were given, the fitting ones for the rest, and these with their reasons; see `fitting_defaults`."""
+    """The settings of a run: those that were given, and fitting ones for the rest.
+
+    Args:
+        arch: name of the architecture.
+        images: to train on.
+        given: settings by name, without tables.
+        shares: see `fitting_defaults`.
+
+    Returns:
+        The settings, and the fitted ones with their reasons.
+
+    Raises:
+        ValueError: as `fitting_defaults`, and for values that cannot work.
+    """
     fitted = fitting_defaults(arch, images, given.get("method", TrainConfig.method), given, shares=shares)
     return TrainConfig.from_flat({**given, **fitted.values}), fitted
 

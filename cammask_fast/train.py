@@ -54,7 +54,7 @@ class NonFiniteLoss(ValueError):  # noqa: N818  (reads as what happened)
     """The loss or the gradients were NaN or infinite in too many steps in a row."""
 
 
-def _go_on() -> bool:
+def _never() -> bool:
     return False
 
 
@@ -72,14 +72,14 @@ class Run:
     save_every: int = 0
     """Steps between two checkpoints beside those at the ends of epochs; 0: no checkpoints."""
     settings: Mapping[str, Any] | None = None
-    """With which a run must have been begun to go on here."""
+    """What a checkpoint must have been written with to be resumed here."""
     log: Callable[[Mapping[str, Any]], None] | None = None
-    """Gets a line per look at the steps and one per epoch."""
+    """Called with a record at every read of the losses and after every epoch."""
     evaluate: Callable[[Classifier], Mapping[str, float]] | None = None
     """Accuracies by name, in percent, of evaluation sets beside the validation images; called after every epoch."""
     resumed: Callable[[int, int, Path | None], None] | None = None
     """Gets the step from which the run resumes, the epochs that are complete, and the checkpoint."""
-    stop: Callable[[], bool] = _go_on
+    stop: Callable[[], bool] = _never
     """Whether this process has been asked to save and leave."""
     after_step: Callable[[], None] = _nothing
     """Called at the end of every step, such as a profiler's."""

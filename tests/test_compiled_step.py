@@ -308,7 +308,7 @@ def test_flat_adamw_is_torchs_adamw(dtype: torch.dtype, scale: float, bad: tuple
 @pytest.mark.parametrize("after", [False, True], ids=["eager after", "compiled after"])
 @pytest.mark.parametrize("before", [False, True], ids=["eager before", "compiled before"])
 def test_a_saved_state_goes_on_eagerly_or_compiled(before: bool, after: bool) -> None:
-    """Weights, moments, bias corrections, the place in the schedule (which a skipped step moves on, too) and the tally."""
+    """Weights, moments, bias corrections, the position in the schedule (which a skipped step moves on, too) and the tally."""
 
     def state(*, compiled: bool, seed: int = 0) -> TrainState:
         config = TrainConfig(method="ft", epochs=1, optim=OptimConfig(lr=0.01, pct_start=0.3))

@@ -25,10 +25,10 @@ def report(data: Path | str, capsys: pytest.CaptureFixture[str], *options: str) 
 @pytest.fixture
 def clean(tmp_path: Path) -> Path:
     """Two classes with six different images each, and a validation split."""
-    for place, split in enumerate(("train", "val")):
+    for number, split in enumerate(("train", "val")):
         for label, name in enumerate("ab"):
             for i in range(6):
-                write_image(tmp_path / "data" / split / name / f"{i}.jpg", 100 * place + 10 * label + i)
+                write_image(tmp_path / "data" / split / name / f"{i}.jpg", 100 * number + 10 * label + i)
     return tmp_path / "data"
 
 

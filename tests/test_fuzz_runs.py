@@ -106,7 +106,7 @@ WORDS = st.sampled_from(
 def test_no_command_line_ends_in_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], command: str
 ) -> None:
-    """There is no data at the place named, so that nothing is ever trained."""
+    """There is no data at the path given, so that nothing is ever trained."""
     argv = [command, *copy.copy(words), "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]
     try:
         code = main(argv)

@@ -17,7 +17,7 @@ TWO = {"a": 2, "b": 2}
 
 
 def found(root: Path) -> dict[str, str]:
-    return {split: os.path.relpath(str(place), root) for split, place in find_splits(str(root)).items()}
+    return {split: os.path.relpath(str(path), root) for split, path in find_splits(str(root)).items()}
 
 
 @pytest.mark.parametrize(

@@ -346,7 +346,7 @@ def test_bad_samples_are_left_out_replaced_and_listed(tmp_path: Path, kind: Make
         for batch, asked in zip(training, training.sampler.begin(), strict=True):
             good = [i for i in asked.tolist() if i in clean]
             following = [next(i for i in itertools.chain(asked[index:].tolist(), good) if i in clean) for index in range(4)]
-            assert batch.sample_ids.tolist() == following, "the next readable sample of the batch takes the place"
+            assert batch.sample_ids.tolist() == following, "the next readable sample of the batch takes the slot"
             assert batch.labels.tolist() == [source.labels[i] for i in following], "with its own label"
             for index, image in zip(following, batch.images, strict=True):
                 assert (image.float() - clean[index].float()).abs().mean() <= 0.5, "and its own pixels"
@@ -422,7 +422,7 @@ def test_a_batch_without_any_readable_sample_is_left_out(tmp_path: Path) -> None
     for kind in (TorchLoader, DaliLoader):
         loader = open_loader(kind, scan(tmp_path / "data"), tmp_path, batch_size=1)
         assert len(list(loader)) == 12
-        assert loader.state_dict()["position"] == 17, "places are counted in batches asked for"
+        assert loader.state_dict()["position"] == 17, "positions are counted in batches requested"
 
 
 def test_a_killed_worker_is_one_line(folder: ImageFolder, tmp_path: Path) -> None:

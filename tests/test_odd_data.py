@@ -176,7 +176,7 @@ def test_images_that_change_between_start_and_resume_are_told(tmp_path: Path, ca
     train(data, tmp_path / "run", method="lp")
     (tmp_path / "run" / "run.json").unlink()
     data.rename(tmp_path / "moved")
-    assert train(tmp_path / "moved", tmp_path / "run", method="lp")["notices"] == [], "only the place has changed"
+    assert train(tmp_path / "moved", tmp_path / "run", method="lp")["notices"] == [], "only the location has changed"
     (tmp_path / "run" / "run.json").unlink()
     write_image(tmp_path / "moved" / "a" / "00.jpg", 9, (200, 100))
     (line,) = train(tmp_path / "moved", tmp_path / "run", method="lp")["notices"]
@@ -218,7 +218,7 @@ def test_names_and_order_of_classes_survive_shards(tmp_path: Path) -> None:
     train(data, tmp_path / "run", "--val-share", "0")
     assert load_classifier(tmp_path / "run" / "best.safetensors")[1].class_names == ("Dog", "red fox")
     assert main(["data", "pack", str(data), str(tmp_path / "packed")]) == 0
-    for name, place in (("folder", data), ("shards", tmp_path / "packed")):
-        assert evaluate(tmp_path / "run", place, "--out", tmp_path / name) == 0
+    for name, path in (("folder", data), ("shards", tmp_path / "packed")):
+        assert evaluate(tmp_path / "run", path, "--out", tmp_path / name) == 0
     scores = [json.loads((tmp_path / name / "scores.json").read_text())["sets"][0] for name in ("folder", "shards")]
     assert scores[0]["per_class"] == scores[1]["per_class"]

@@ -121,7 +121,7 @@ def gathered(monkeypatch: pytest.MonkeyPatch, gradients: list[Tensor], loss: Ten
 def test_gradients_in_several_buckets_come_back_to_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other sizes, the last first, and the loss with the bucket that is sent last."""
     shapes = [(3, 4), (5,), (30,), (2, 2), (7, 3)]
-    gradients = [torch.full(shape, 1.0 + place).add_(torch.rand(shape)) for place, shape in enumerate(shapes)]
+    gradients = [torch.full(shape, 1.0 + index).add_(torch.rand(shape)) for index, shape in enumerate(shapes)]
     sent, summed, total = gathered(monkeypatch, gradients, torch.tensor(0.75))
     assert sent == [25, 30, 18], "of 4-byte numbers: (2, 2) and (7, 3); (30,); (3, 4), (5,) and the loss"
     assert total == 1.5

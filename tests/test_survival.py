@@ -66,7 +66,7 @@ def test_a_full_disk_does_not_end_the_run(
     assert main(train(photos, out, "--keep", 9, "--keep-optimizer")) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 3, "step 6 is tried at its interval and at the end of its epoch"
-    assert all("No space left on device); the run goes on, the newest on the disk is step-00000003" in w for w in warnings)
+    assert all("No space left on device); training continues, the newest on the disk is step-00000003" in w for w in warnings)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000003", "step-00000012"]
 
 
@@ -83,7 +83,7 @@ def test_a_file_size_limit_in_a_real_process(photos: Path, tmp_path: Path) -> No
     done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, preexec_fn=limited)
     assert done.returncode == 2
     assert "File too large" in done.stderr
-    assert "the run goes on, there is none on the disk yet" in done.stderr
+    assert "training continues, there is none on the disk yet" in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("cammask: error: cannot write ")
     assert "Traceback" not in done.stderr
@@ -99,7 +99,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_caught_up(tmp_path: Path)
     for step in (1, 2):
         log.write({"step": step})
     assert len(said) == 1
-    assert "log.jsonl (Is a directory); the run goes on" in said[0]
+    assert "log.jsonl (Is a directory); training continues" in said[0]
     log.path.rmdir()
     for step in (3, 4):
         log.write({"step": step})

@@ -102,10 +102,10 @@ def test_exif_behind_the_pixels_of_a_png_counts(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.open(write_image(tmp_path / "image.png", 2, (61, 40))), exif=exif)
-    place = data.index(b"eXIf") - 4
-    chunk = data[place : place + 12 + int.from_bytes(data[place : place + 4], "big")]
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
     end = data.index(b"IEND") - 4
-    moved = data[:place] + data[place + len(chunk) : end] + chunk + data[end:]
+    moved = data[:start] + data[start + len(chunk) : end] + chunk + data[end:]
     assert to_rgb(opened(moved)).size == (40, 61)
     with pytest.raises(ValueError, match=r"."):
         to_rgb(opened(data[: len(data) // 2]))

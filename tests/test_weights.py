@@ -149,15 +149,15 @@ class Archived(nn.Module):
         super().__init__()
         for name, value in tensors.items():
             *path, last = name.split(".")
-            place: nn.Module = self
+            parent: nn.Module = self
             for part in path:
-                if part not in dict(place.named_children()):
-                    place.add_module(part, nn.Module())
-                place = place.get_submodule(part)
+                if part not in dict(parent.named_children()):
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
             if value.is_floating_point():
-                place.register_parameter(last, nn.Parameter(value.half()))
+                parent.register_parameter(last, nn.Parameter(value.half()))
             else:
-                place.register_buffer(last, value)
+                parent.register_buffer(last, value)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.get_parameter("logit_scale")
@@ -333,8 +333,8 @@ def test_shards(state: Tensors, tmp_path: Path, suffix: str) -> None:
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
     names = [f"{stem}-0000{i}-of-00002{suffix}" for i in (1, 2)]
     parts: list[Tensors] = [{}, {}]
-    for place, (name, value) in enumerate(tensors.items()):
-        parts[place % 2][name] = value
+    for number, (name, value) in enumerate(tensors.items()):
+        parts[number % 2][name] = value
     for name, part in zip(names, parts, strict=True):
         save_file(part, tmp_path / name) if suffix == ".safetensors" else torch.save(part, tmp_path / name)
     index = tmp_path / f"{stem}{suffix}.index.json"

@@ -57,7 +57,7 @@ def test_a_worker_that_lives_passes_its_own_error_on(kind: type[Exception], monk
 
 
 class Failing:
-    """In the place of a DataLoader whose worker is gone."""
+    """Instead of a DataLoader whose worker is gone."""
 
     num_workers = 1
 

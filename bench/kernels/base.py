@@ -108,7 +108,7 @@ def records(ref: str, cases: Sequence[Case], *, repeats: int, ops: Sequence[str]
         for case in cases:
             for op in ops:
                 packages = {NOW: ROOT, BASE: package}
-                with lanes({name: (build, (op, case, place)) for name, place in packages.items()}, packages=packages) as runs:
+                with lanes({name: (build, (op, case, tree)) for name, tree in packages.items()}, packages=packages) as runs:
                     times = interleaved(runs, repeats=repeats)
                 for tree, seconds in times.items():
                     images = case.images if op == "counterfactual" else case.relevance_images

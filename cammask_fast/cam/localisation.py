@@ -1,4 +1,4 @@
-"""How well a CAM finds an object whose place is known."""
+"""How well a CAM finds an object whose location is known."""
 
 from __future__ import annotations
 

@@ -93,6 +93,9 @@ def grad_cam(logits: Tensor, labels: Tensor, taps: Taps) -> Tensor:
 
     Returns:
         (N, P), not normalised; may be zero everywhere.
+
+    Raises:
+        ValueError: no forward has filled the taps, or the logits have no graph.
     """
     if taps.last_ln_1 is None:
         raise ValueError(EMPTY_TAPS)

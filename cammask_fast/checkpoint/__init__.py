@@ -1,4 +1,4 @@
-"""What a run leaves on disk: finished classifiers, and the state from which an interrupted run goes on."""
+"""What a run leaves on disk: finished classifiers, and the state from which an interrupted run is resumed."""
 
 from cammask_fast.checkpoint.classifier import Description, describe_run, load_classifier, save_classifier
 from cammask_fast.checkpoint.training import Checkpoints

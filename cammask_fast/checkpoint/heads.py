@@ -41,13 +41,13 @@ def matching_rows(wanted: Classes, known: Classes) -> list[int | None]:
         lambda classes, i: None if classes.folders[i].isdecimal() else classes.folders[i],
     )
     for key in keys:
-        places = defaultdict[object, list[int]](list)
+        rows_of = defaultdict[object, list[int]](list)
         for row in free:
-            places[key(known, row)].append(row)
+            rows_of[key(known, row)].append(row)
         for index, found in enumerate(rows):
             name = key(wanted, index)
-            if found is None and name is not None and places[name]:
-                rows[index] = row = places[name].pop(0)
+            if found is None and name is not None and rows_of[name]:
+                rows[index] = row = rows_of[name].pop(0)
                 del free[row]
     return rows
 

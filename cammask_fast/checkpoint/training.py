@@ -132,7 +132,7 @@ class Checkpoints:
             reason = getattr(error, "strerror", None) or str(error)
             whole = [path.name for path in self.folders()]
             kept = f"the newest on the disk is {whole[-1]}" if whole else "there is none on the disk yet"
-            self.warn(f"cannot write the checkpoint of step {step} to {self.folder} ({reason}); the run goes on, {kept}")
+            self.warn(f"cannot write the checkpoint of step {step} to {self.folder} ({reason}); training continues, {kept}")
             shutil.rmtree(part, ignore_errors=True)
 
     def _tidy(self, best_step: int) -> None:

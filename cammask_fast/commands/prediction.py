@@ -102,8 +102,8 @@ def predictions(model: Classifier, files: Sequence[Path], *, top: int) -> Iterat
             return str(error)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for place in range(0, len(files), CHUNK):
-            chunk = files[place : place + CHUNK]
+        for start in range(0, len(files), CHUNK):
+            chunk = files[start : start + CHUNK]
             decoded = list(pool.map(read, chunk))
             images = [one for one in decoded if isinstance(one, torch.Tensor)]
             rows: Iterator[tuple[list[float], list[int]]] = iter(())

@@ -42,9 +42,18 @@ class Chosen:
         self.config = given_config(self.given)
 
     def own_batch(self, arch: str, images: int, processes: int) -> int:
-        """Fit the settings to a model and its data. Returns the images per step and process, 1 where nothing trains.
+        """Fit the settings to a model and its data.
 
-        Raises ValueError for a batch that is larger than the data or cannot be shared out.
+        Args:
+            arch: name of the architecture.
+            images: to train on.
+            processes: that share a batch.
+
+        Returns:
+            Images per step and process; 1 where nothing trains.
+
+        Raises:
+            ValueError: the batch is larger than the data or cannot be shared evenly.
         """
         if self.config.resolved.trained == "none":
             return 1

@@ -42,7 +42,7 @@ class StartingPoint:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run that goes on must have been begun with."""
+        """What a checkpoint must have been written with to be resumed."""
         own = {} if self.init is None else {"init": self.init.digest, "teacher": self.teacher}
         return {"arch": self.arch, "pretrained": self.pretrained, **own}
 

@@ -99,7 +99,7 @@ def read_classes_file(file: Path) -> tuple[str, ...]:
 
 
 def _in_order(file: Path) -> list[str]:
-    """The lines of a file in which their order counts; blank ones in between are told."""
+    """The lines of a file in which their order counts; blank ones in between are a notice."""
     lines = read_numbered_lines(file)
     between = lines[-1][0] - lines[0][0] + 1 - len(lines)
     if between:
@@ -112,7 +112,7 @@ def read_class_names(file: Path | None, folders: Sequence[str]) -> tuple[str, ..
 
     Without a file: the folder names, underscores read as spaces. The file has one name per line in the order of the folders,
     or lines `folder<TAB>name` in any order. Names that are the folders' own are matched by name; where all folders are
-    numbers, the order is the numeric one. What is matched or guessed, and names that two classes share, are told. Raises
+    numbers, the order is the numeric one. What is matched or guessed, and names that two classes share, are notices. Raises
     ValueError when names and folders do not match, or the order of the folders can be read in two ways.
     """
     if file is None:

@@ -114,7 +114,7 @@ def has_images(folder: Path, *, depth: int = 1) -> bool:
 
 
 def identity(folder: Path) -> tuple[int, int]:
-    """Tells a folder from others, whatever links lead to it."""
+    """Identifies a folder, whichever links lead to it."""
     stat = folder.stat()
     return stat.st_dev, stat.st_ino
 
@@ -130,7 +130,7 @@ def images_in(folder: Path) -> list[Path]:
 def photographs_of(given: Sequence[str | Path]) -> list[Path]:
     """Files, folders (all images below, links not followed) and patterns as one list of files, each once, in the order given.
 
-    What is ignored in folders is told. Raises ValueError for what names no image.
+    What is ignored in folders is a notice. Raises ValueError for what names no image.
     """
     found: dict[Path, None] = {}
     for one in map(Path, given):
@@ -151,10 +151,10 @@ def photographs_of(given: Sequence[str | Path]) -> list[Path]:
 def _below(folder: Path) -> list[Path]:
     """Images anywhere below a folder, sorted."""
     ignored, found = Ignored(), []
-    for place, folders, _ in os.walk(folder):
-        names = listing(Path(place), ignored)
+    for parent, folders, _ in os.walk(folder):
+        names = listing(Path(parent), ignored)
         folders[:] = names.folders
-        found += [Path(place, name) for name in names.images]
+        found += [Path(parent, name) for name in names.images]
     ignored.tell(str(folder))
     return sorted(found)
 

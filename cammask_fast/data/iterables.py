@@ -50,6 +50,9 @@ def to_labels(labels: Any, *, images: int, classes: int | None = None) -> Tensor
         images: how many there must be.
         classes: how many there are, if that is known; labels on a GPU are not compared with it, which would wait for the GPU.
 
+    Returns:
+        int64 (N,), on the device of the labels.
+
     Raises:
         ValueError: for other types, shapes and values.
     """

@@ -103,7 +103,7 @@ def _write_shard(
                     bad.add(source.name(index), str(error))
                     continue
                 except ReadError as error:
-                    raise ValueError(f"{error}; what is packed stays, run again to go on") from None
+                    raise ValueError(f"{error}; what is packed stays; run the same command again to resume") from None
                 for extension, content in ((suffix, data), ("cls", b"%d" % int(source.labels[index]))):
                     member = tarfile.TarInfo(f"{index:09d}.{extension}")
                     member.size = len(content)

@@ -39,8 +39,8 @@ def summary(data: str, train: ImageSource, held_out: ImageSource | None, names: 
     if held_out is None:
         lines.append("  no validation images: the last weights are the best")
     else:
-        whence = "held out of them" if held_out.where == train.where else held_out.where
-        lines.append(f"  {len(held_out)} validation images, {whence}")
+        origin = "held out of them" if held_out.where == train.where else held_out.where
+        lines.append(f"  {len(held_out)} validation images, {origin}")
     few = [folder for folder, count in zip(train.folders, counts, strict=True) if count < NEARLY_EMPTY]
     if few:
         lines.append(f"  classes with fewer than {NEARLY_EMPTY} images: {len(few)}, {some(few)}")

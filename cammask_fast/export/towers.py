@@ -139,7 +139,7 @@ def hf_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_tuned_images(model: Classifier, description: Description, pretrained: str) -> CLIP:
-    """The pre-trained two towers with the tuned image tower in the place of their own."""
+    """The pre-trained two towers with the tuned image tower instead of their own."""
     started_from = pretrained or description.run.get("pretrained") or ""
     clip = load_pretrained(description.arch, started_from).clip
     clip.visual.load_state_dict(model.visual.state_dict())

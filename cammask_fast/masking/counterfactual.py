@@ -83,8 +83,11 @@ def masked_input(
 
 
 class Counterfactual(NamedTuple):
-    """For eyes and oracles. images: the filled batch in the input's format (the input itself for no-fill). mask: bool (N, P)
-    patches or (N, H, W) pixels (bilinear), True = masked."""
+    """For visualisation and tests.
+
+    images: the filled batch in the input's format (the input itself for no-fill). mask: bool (N, P) patches or (N, H, W) pixels
+    (bilinear), True = masked.
+    """
 
     images: Tensor
     mask: Tensor

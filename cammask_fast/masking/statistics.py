@@ -24,6 +24,9 @@ def mask_share(relevance_NP: Tensor | None, strategy: Strategy, draws: MaskRando
 
     Returns:
         float scalar, 0 to 1.
+
+    Raises:
+        ValueError: the map or the draws that the strategy needs are missing.
     """
     if strategy.selection == "random" and draws.uniform is not None:
         return (draws.uniform < (strategy.threshold or 0.0)).float().mean()

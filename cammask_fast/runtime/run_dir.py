@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, its log, and the settings with which it may go on."""
+"""The folder of a run: one run at a time, its log, and the settings with which it may be resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STALE = 60.0
 LONG_AGO = 3600.0
 """Seconds since the last heartbeat that even clocks which disagree cannot explain."""
 RESUME_MUTABLE = ("data", "compile", "device", "max_skipped")
-"""Settings that may change when a run goes on: they do not change what it computes, but for rounding."""
+"""Settings that may change when a run is resumed: they do not change what it computes, but for rounding."""
 FORMER_VALUES = {"PlainLoader": "TorchLoader"}
 """Values in the settings of runs that version 0.1.0 began, and what they are called now."""
 SINCE_0_1_0 = ("train_images",)
@@ -36,7 +36,7 @@ SINCE_0_1_0 = ("train_images",)
 DEFAULTS_BEFORE = {"cam_source": "student"}
 """Settings that earlier runs do not hold, and what they did."""
 NOTED = ("images",)
-"""Settings whose change is told: with other images of the same classes a run can go on, but it is not the same run."""
+"""Settings whose change is a notice: with other images of the same classes a run can be resumed, but it is not the same run."""
 RESUME_MUTABLE_WITH_GLOBAL_DONORS = ("processes", "accumulate")
 
 
@@ -182,7 +182,7 @@ class RunLog:
 
     def _failed(self, path: Path, error: OSError) -> None:
         if not self.failed:
-            self.warn(f"cannot write {path} ({error.strerror or error}); the run goes on and tries again")
+            self.warn(f"cannot write {path} ({error.strerror or error}); training continues")
         self.failed = True
 
 
@@ -192,13 +192,13 @@ def torchrun_id() -> str | None:
 
 
 def record_launch(folder: Path, launchers: Sequence[str | None]) -> None:
-    """Leave word of who works on the run."""
+    """Record which torchrun launches work on the run; best effort."""
     with contextlib.suppress(OSError):  # a full disk: only a later attempt of the same launch would read it
         write_text(folder / LAUNCH, json.dumps(launchers))
 
 
 def was_launched_by(folder: Path, launchers: Sequence[str | None]) -> bool:
-    """Whether one of them has worked on the run before, so that what is there is not of an earlier launch."""
+    """Whether one of these launches has worked on the run before, so that its files are not those of an earlier launch."""
     try:
         before = json.loads((folder / LAUNCH).read_text(encoding="utf-8"))
     except (OSError, ValueError):

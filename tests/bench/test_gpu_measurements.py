@@ -1,4 +1,4 @@
-"""Each kind of case of `bench gpu` with a CPU in the place of the GPU, and the tables of their records."""
+"""Each kind of case of `bench gpu` with a CPU instead of the GPU, and the tables of their records."""
 
 from __future__ import annotations
 

@@ -409,7 +409,7 @@ def test_asking_for_triton_without_a_gpu_says_why(triton_backend: torch.device) 
         kernel_cls_relevance(*layer(1, 1, 9, 32, dtype=torch.float32))
 
 
-def test_obstacles() -> None:
+def test_ineligible_inputs() -> None:
     def obstacle(*inputs: Tensor) -> str:
         return str(cls_relevance_ineligible(*inputs))
 

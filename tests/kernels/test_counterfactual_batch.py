@@ -448,25 +448,25 @@ def test_kernel_with_images_that_are_not_shown_and_a_colour(triton_backend: torc
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("place", [-1, 5, 2**40])
+@pytest.mark.parametrize("start", [-1, 5, 2**40])
 @pytest.mark.parametrize("filled", ["donors", "constant"])
-def test_kernel_writes_nan_where_the_own_image_is_none(triton_backend: torch.device, filled: str, place: int) -> None:
+def test_kernel_writes_nan_where_the_own_image_is_none(triton_backend: torch.device, filled: str, start: int) -> None:
     """What is masked has its donor or colour; nothing is read outside the images."""
     images, relevance, donors = (tensor.to(triton_backend) for tensor in pool_of(4, multi=False))
-    first, mask = torch.tensor(place, device=triton_backend), relevance[:3] > 0.5
+    first, mask = torch.tensor(start, device=triton_backend), relevance[:3] > 0.5
     given = donors[:3] if filled == "donors" else None
     found = masked_fill(images, mask, given, first=first, layout="patches")
-    outside = torch.arange(3, device=triton_backend)[:, None] + place
+    outside = torch.arange(3, device=triton_backend)[:, None] + start
     lost = ((outside < 0) | (outside >= 7)) & ~mask
     assert lost.any()
     assert torch.equal(found.isnan().all(2), lost)
     assert torch.equal(found.isnan().any(2), lost)
 
 
-@pytest.mark.parametrize("place", [-1, 5])
-def test_a_place_outside_the_images_is_named(place: int) -> None:
+@pytest.mark.parametrize("start", [-1, 5])
+def test_a_first_image_outside_the_batch_is_refused(start: int) -> None:
     images, relevance, donors = pool_of(4, multi=False)
-    first, inside = torch.tensor(place), torch.tensor(1)
+    first, inside = torch.tensor(start), torch.tensor(1)
     for wrong in (torch.tensor(1.0), torch.tensor([1]), torch.tensor(1, device="meta")):
         with pytest.raises(ValueError, match=r"first: expected int64 \(\) on cpu"):
             masked_fill(images, relevance[:3] > 0.5, donors[:3], first=wrong)

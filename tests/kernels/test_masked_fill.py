@@ -450,7 +450,7 @@ def test_asking_for_triton_without_a_gpu_says_why(triton_backend: torch.device) 
         (IMAGES, torch.float32, torch.zeros(2, 1089), "1089 patches"),
     ],
 )
-def test_obstacles(images: Tensor, dtype: torch.dtype, selector: Tensor | None, ineligible: str | None) -> None:
+def test_ineligible_inputs(images: Tensor, dtype: torch.dtype, selector: Tensor | None, ineligible: str | None) -> None:
     found = pixels_ineligible(images, dtype, selector)
     assert found is None if ineligible is None else re.search(ineligible, found or "")
 

@@ -320,7 +320,7 @@ def test_asking_for_triton_without_a_gpu_says_why(triton_backend: torch.device) 
         kernel_patch_select(torch.rand(2, 9), threshold=0.3)
 
 
-def test_obstacles() -> None:
+def test_ineligible_inputs() -> None:
     assert patch_select_ineligible(torch.rand(2, 576)) is None
     assert "577 patches" in str(patch_select_ineligible(torch.rand(2, 577)))
     assert "float64" in str(patch_select_ineligible(torch.rand(2, 9, dtype=torch.float64)))

@@ -69,8 +69,8 @@ def scan(root: Path) -> ImageFolder:
     """Images in the class folders directly inside `root`, sorted by class and file name.
 
     Images one folder deeper belong to the class, too. What is ignored (other files, deeper folders, class folders without
-    images) is told with a count; symbolic links are followed, but not in circles. Names that are not UTF-8 are escaped. Raises
-    ValueError when the folder is missing or holds no images in class folders.
+    images) is a notice with a count; symbolic links are followed, but not in circles. Names that are not UTF-8 are escaped.
+    Raises ValueError when the folder is missing or holds no images in class folders.
     """
     if root.is_file():
         raise ValueError(f"{root} is a file: expected a folder of class folders, or shards whose names end in .tar")

@@ -87,7 +87,7 @@ def _keep(file: Path, content: dict[str, Any]) -> str:
 
 
 def _probes(shard: Path, size: int) -> str:
-    """A hash of pieces from all over a shard: one that was copied over with the same size and time is told apart."""
+    """A hash of pieces from all over a shard: one that was copied over with the same size and time is recognised."""
     found = hashlib.blake2b(digest_size=12)
     with open(shard, "rb", buffering=0) as file:
         for i in range(PROBES):

@@ -168,7 +168,7 @@ def open_shard_files(shards: Sequence[Path], data: str = "") -> TarShards:
     """
     data = data or f"{shards[0]} and {len(shards) - 1} more shards"
     indices = [index_of(shard) for shard in shards]
-    _tell(data, indices)
+    _notice_index_faults(data, indices)
     names = shards[0].parent / CLASSES
     found = [label for index in indices for *_, label in index.samples]
     listed = read_classes_file(names) if names.is_file() else None
@@ -198,8 +198,8 @@ def open_shard_files(shards: Sequence[Path], data: str = "") -> TarShards:
     )  # fmt: skip
 
 
-def _tell(data: str, indices: Sequence[ShardIndex]) -> None:
-    """One line for everything of a kind that was seen while indexing."""
+def _notice_index_faults(data: str, indices: Sequence[ShardIndex]) -> None:
+    """Print one line for each kind of thing that was noticed while indexing."""
     counts: Counter[str] = Counter()
     for index in indices:
         counts.update(dict(index.notes))

@@ -24,7 +24,7 @@ class ReadError(Exception):
 
 @dataclass(frozen=True)
 class Failed:
-    """What a worker returns in the place of a batch when the system fails; an exception would arrive with its traceback."""
+    """What a worker returns instead of a batch when the system fails; an exception would arrive with its traceback."""
 
     message: str
 

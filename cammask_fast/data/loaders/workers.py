@@ -108,7 +108,7 @@ def iter_with_worker_check(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's iterator, with workers that never finalise what they inherit: the end of a DALI pipeline waits for threads
-    that only this process has, and a worker whose garbage collector came upon one would stand still for ever.
+    that only this process has, and a worker whose garbage collector came upon one would hang.
 
     Only where workers are started: what was frozen is old afterwards, and the collector hardly looks at it again. DALI leaves
     garbage at every run, and epoch after epoch of it would stay.
