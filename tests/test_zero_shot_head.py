@@ -55,7 +55,7 @@ def test_the_head_is_open_clips(
     monkeypatch.setattr(zero_shot, "PROMPTS_IN_MEMORY", block)
     seen: list[tuple[int, int]] = []
     visual = clip.visual
-    ours = zero_shot_weights(clip, tokenize, NAMES, TEMPLATES, told=lambda done, total: seen.append((done, total)))
+    ours = zero_shot_weights(clip, tokenize, NAMES, TEMPLATES, progress=lambda done, total: seen.append((done, total)))
     torch.testing.assert_close(ours, theirs * clip.logit_scale.exp().detach(), rtol=0, atol=2e-5)
     assert seen[-1] == (9, 9)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -161,9 +161,9 @@ def test_a_cache_that_cannot_be_used_is_one_line(
 
 
 def test_progress_is_a_line_per_tenth(capsys: pytest.CaptureFixture[str]) -> None:
-    told = TenthsOf("x")
+    progress = TenthsOf("x")
     for done in range(5, 101, 5):
-        told(done, 100)
+        progress(done, 100)
     lines = capsys.readouterr().err.splitlines()
     assert [int(line.split()[2]) for line in lines] == [5, 20, 30, 40, 50, 60, 70, 80, 90, 100]
 

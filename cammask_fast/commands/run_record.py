@@ -134,7 +134,7 @@ def begin_record(
             resolved={**started, "device": device, "loader": LOADERS.get(type(data.train).__name__)},
         )  # fmt: skip
     except OSError as error:  # a full disk does not end a run that resumes
-        warn(f"cannot write {out / RECIPE} ({error.strerror or error}); the run goes on")
+        warn(f"cannot write {out / RECIPE} ({error.strerror or error}); the run continues")
     return {
         "command": command, "recipe": args.get("recipe"), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "environment": environment(device, world.size), "git": git, "data_summary": data_summary(data),

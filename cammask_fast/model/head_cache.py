@@ -19,12 +19,22 @@ from cammask_fast.runtime.files import atomic_write
 from cammask_fast.runtime.notices import remark, say
 
 MANY_PROMPTS = 500
-"""Classes times templates from which a head is kept, and told while it is made."""
+"""Classes times templates from which a head is kept, and whose progress is printed."""
 FOLDER = "zero-shot-heads"
 
 
 def head_key(clip: CLIP, tokenize: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]) -> str:
-    """A digest of all that a head depends on: the text tower's weights, the tokenizer (by a sample), names and templates."""
+    """A digest of everything that a head depends on.
+
+    Args:
+        clip: its text tower's weights count.
+        tokenize: maps strings to token ids; some of its ids count.
+        class_names: K names.
+        templates: with one `{}` each.
+
+    Returns:
+        32 hexadecimal digits.
+    """
     found = hashlib.sha256(repr((1, tuple(class_names), tuple(templates))).encode())
     found.update(tokenize([template.format(class_names[0]) for template in templates[:8]]).numpy().tobytes())
     for name, value in sorted(clip.state_dict().items()):

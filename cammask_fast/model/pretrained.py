@@ -22,7 +22,7 @@ from cammask_fast.model.layouts import architectures_with, shape_of
 from cammask_fast.model.tiny_clip import TINY_VIT, build_tiny_clip, tokenizer
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.model.weights import Weights, read_weights
-from cammask_fast.model.zero_shot import Told, load_tiny_clip, zero_shot_weights
+from cammask_fast.model.zero_shot import Progress, load_tiny_clip, zero_shot_weights
 from cammask_fast.runtime.notices import notice, say
 
 OPENAI_ARCHITECTURES = {
@@ -51,26 +51,39 @@ class PretrainedClip:
         return self.clip.visual
 
     def head(self, class_names: Sequence[str], templates: Sequence[str] = (), *, device: str = "cpu") -> Tensor:
-        """The zero-shot head over `class_names`, float32 (K, E) on the CPU.
+        """The zero-shot head over the classes.
 
-        Many prompts are told while they are embedded, and their head is kept in a folder of the user (see `kept_head`).
+        With many prompts, progress is printed while they are embedded, and the head is kept in a folder of the user (see
+        `kept_head`).
 
         Args:
             class_names: K names.
             templates: with one `{}` each (default: the model's own).
             device: where the text tower runs.
+
+        Returns:
+            float32 (K, E) on the CPU.
         """
         templates = tuple(templates) or self.templates
 
-        def build(told: Told | None = None) -> Tensor:
-            return zero_shot_weights(self.clip, self.tokenize, class_names, templates, device=device, told=told)
+        def build(progress: Progress | None = None) -> Tensor:
+            return zero_shot_weights(self.clip, self.tokenize, class_names, templates, device=device, progress=progress)
 
         if len(class_names) * len(templates) < MANY_PROMPTS:
             return build()
         return kept_head(head_key(self.clip, self.tokenize, class_names, templates), lambda: build(TenthsOf("zero-shot head")))
 
     def classifier(self, class_names: Sequence[str], templates: Sequence[str] = (), *, device: str = "cpu") -> Classifier:
-        """The zero-shot classifier over `class_names`, on the device; see `head`."""
+        """The zero-shot classifier over the classes; see `head`.
+
+        Args:
+            class_names: K names.
+            templates: with one `{}` each (default: the model's own).
+            device: of the result.
+
+        Returns:
+            The classifier in evaluation mode.
+        """
         return Classifier(self.visual, self.head(class_names, templates, device=device)).to(device).eval()
 
 

@@ -101,8 +101,8 @@ def saved_logsumexp(output: Tensor) -> Tensor | None:
         output: (N, A, L, d), of scaled_dot_product_attention without a mask.
 
     Returns:
-        float32 (N, A, L), float64 for float64, natural logarithms; None where nothing is kept: the plain formula, or no gradient
-        is wanted.
+        float32 (N, A, L), float64 for float64, natural logarithms; None where nothing is kept: the plain formula, or no
+        gradient is wanted.
     """
     node: Any = output.grad_fn
     if type(node).__name__ not in SAVED_LOGSUMEXP:

@@ -26,8 +26,8 @@ PROMPTS_IN_MEMORY = 8192
 TOKENS_OF_A_BATCH = {"cpu": 2**12, "cuda": 2**17}
 """Tokens of one forward of the text tower, by kind of device."""
 
-Told = Callable[[int, int], None]
-"""Called with the prompts that are done and those in all."""
+Progress = Callable[[int, int], None]
+"""Called with the prompts done and in total."""
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def zero_shot_weights(
     templates: Sequence[str],
     *,
     device: torch.device | str = "cpu",
-    told: Told | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Head weights, exp(logit_scale) included: per class the mean over templates of the normalised text embeddings, normalised
     again.
@@ -49,13 +49,13 @@ def zero_shot_weights(
         class_names: K names.
         templates: format strings with one `{}`.
         device: where the text tower runs.
-        told: gets the progress.
+        progress: called while prompts are embedded.
 
     Returns:
         float32 (K, E), on the CPU.
 
     Raises:
-        ValueError: no classes, or a template without a place for the name.
+        ValueError: no classes, or a template without a `{}` for the name.
     """
     if not class_names or not templates:
         raise ValueError("class names and templates: expected at least one of each")
@@ -71,7 +71,7 @@ def zero_shot_weights(
         for first in range(0, len(class_names), per_block):
             names = class_names[first : first + per_block]
             tokens = tokenize([template.format(name) for name in names for template in templates])
-            after_others = None if told is None else partial(_told_after, told, first * len(templates), total)
+            after_others = None if progress is None else partial(_progress_after, progress, first * len(templates), total)
             embedded = encode_texts(clip, tokens, after_others)
             rows.append(F.normalize(embedded.view(len(names), len(templates), -1).mean(1), dim=-1).cpu())
         return torch.cat(rows) * clip.logit_scale.exp().float().cpu()
@@ -80,21 +80,24 @@ def zero_shot_weights(
         clip.to(home)
 
 
-def _told_after(told: Told, before: int, total: int, done: int) -> None:
-    told(before + done, total)
+def _progress_after(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
-def encode_texts(clip: CLIP, tokens: Tensor, told: Callable[[int], None] | None = None) -> Tensor:
-    """The text tower's normalised embeddings, float32 (n, E), on its device.
+def encode_texts(clip: CLIP, tokens: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
+    """The text tower's normalised embeddings of texts.
 
-    In a tower with causal attention nothing behind a text's end has an influence on its embedding (as in OpenAI's and
-    open_clip's CLIPs), so texts of like length run together, cut off behind the longest: a fifth of the work for prompts of 15
-    tokens in a context of 77.
+    In a tower with causal attention, as in OpenAI's and open_clip's CLIPs, nothing behind a text's end changes its embedding.
+    So texts of similar length run together, cut off behind the longest: a fifth of the work for prompts of 15 tokens in a
+    context of 77.
 
     Args:
-        clip: the text tower's owner.
+        clip: its text tower is used.
         tokens: int64 (n, context length), on the CPU.
-        told: called with the number of texts that are done.
+        progress: called with the number of texts that are done.
+
+    Returns:
+        float32 (n, E), on the tower's device.
     """
     device, lengths = clip.logit_scale.device, tokens.argmax(1) + 1
     if not _can_be_cut(clip):
@@ -112,8 +115,8 @@ def encode_texts(clip: CLIP, tokens: Tensor, told: Callable[[int], None] | None 
             found = embedded.new_empty(len(tokens), embedded.shape[1])
         found[chosen.to(device)] = embedded
         done += count
-        if told is not None:
-            told(done)
+        if progress is not None:
+            progress(done)
     return found
 
 
