@@ -46,6 +46,9 @@ def screen(
         device: `cpu` or `cuda`.
         processes: that share a step.
         loader: class name of the training loader.
+
+    Returns:
+        The lines.
     """
     vit = tower.config
     parameters = sum(p.numel() for p in tower.parameters()) / 1e6

@@ -173,7 +173,18 @@ def train_here(
 
 
 def refuse_diverged(out: Path, config: TrainConfig, classes: int, before: float | None, dist_info: World) -> None:
-    """Raise ValueError, on all processes alike, where a run went astray; see `watching.diverged`."""
+    """Stop where a run has diverged, on all processes alike; see `watching.diverged`.
+
+    Args:
+        out: folder of the run, with its log.
+        config: settings of the run.
+        classes: their number, K.
+        before: validation accuracy before training, percent; None without validation images.
+        dist_info: rank and number of processes; the main process reads the log.
+
+    Raises:
+        ValueError: the run has diverged.
+    """
     own = None
     if dist_info.is_main_process:
         own = diverged(log_of(out), classes=classes, before=before, lr=config.optim.lr, weight=config.w_task)

@@ -64,6 +64,10 @@ def watch(
         image_size: of the model, in pixels.
         class_folders: the classes of the model.
         config: how images are loaded.
+
+    Returns:
+        The sets with their loaders.
+
     Raises:
         ValueError: for sets that cannot be used, have other classes, or are called like another.
     """
@@ -84,6 +88,9 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float], started_
         before: accuracies of the model before training, percent.
         after: those of the best checkpoint.
         started_from: heading of the first column.
+
+    Returns:
+        The lines of the table; none without sets.
     """
     width, column = max((len(name) for name in after), default=0), max(10, len(started_from))
     lines = [f"{'':{width}}  {started_from:>{column}}  fine-tuned   change"]
@@ -93,7 +100,16 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float], started_
 
 
 def accuracy_lines(name: str, scores: Mapping[str, float], images: Mapping[str, int]) -> list[str]:
-    """A line per set about a model before training. images: how many each set has."""
+    """Lines about a model before training.
+
+    Args:
+        name: of the model.
+        scores: accuracies by set, percent.
+        images: of each set.
+
+    Returns:
+        A line per set.
+    """
     return [
         f"{name} accuracy on the {images[VALIDATION]} validation images: {value:.2f} %"
         if of == VALIDATION
@@ -116,6 +132,9 @@ def diverged(
         before: validation accuracy before training, percent; None without validation images.
         lr: the peak learning rate, for the advice.
         weight: of the cross-entropy in the loss; with 0 only the finite losses are looked at.
+
+    Returns:
+        The message for the user, or None.
     """
     losses = [record["task"] for record in records if "task" in record]
     tail = losses[-max(LEAST_TAIL, len(losses) // 10) :]
