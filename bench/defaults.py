@@ -11,9 +11,12 @@ import argparse
 import itertools
 import json
 import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +27,10 @@ from cammask_fast.data.datasets.texture_digits_splits import CORRELATION, OUTLIN
 from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.types import ArrayLoader
 from cammask_fast.evaluate import accuracy
+from cammask_fast.fitting import fitting_defaults
 from cammask_fast.model.zero_shot import tiny_classifier
 from cammask_fast.train import fine_tune
+from cammask_fast.viz.tables import markdown_table
 
 RECORDS = Path(__file__).parent / "results" / "defaults.jsonl"
 IMAGES = (64, 192, 600, 1500, 3000, 6000)
@@ -78,7 +83,72 @@ def main() -> None:
         print(json.dumps(record), flush=True)
 
 
-def key(record: dict[str, float]) -> tuple[float, ...]:
+def chosen(images: int) -> tuple[float, ...]:
+    """What tells the runs with the defaults from others: images, lr, epochs, batch size."""
+    values = fitting_defaults("tiny", images, "masked-object", {}).values
+    return images, values["lr"], values["epochs"], values["batch_size"]
+
+
+class Held(NamedTuple):
+    """The defaults of one size against the sweep. images: training images. default: the runs' `key` without the seed, and so is
+    best, of the setting that is furthest above the defaults on the seeds of both. both, best_both: means of ID and OOD on these
+    seeds, percent. settings: how many were tried. seeds: those of both."""
+
+    images: int
+    default: tuple[float, ...]
+    both: float
+    best: tuple[float, ...]
+    best_both: float
+    settings: int
+    seeds: int
+
+
+def held(records: Sequence[Mapping[str, Any]]) -> list[Held]:
+    """The defaults of every size that was swept. Raises ValueError for a size whose defaults were never run."""
+    runs = defaultdict[tuple[float, ...], dict[int, float]](dict)
+    for record in records:
+        runs[key(record)[:-1]][record["seed"]] = record["both"]
+    found = []
+    for images in dict.fromkeys(setting[0] for setting in sorted(runs)):
+        default = chosen(int(images))
+        if default not in runs:
+            raise ValueError(f"{RECORDS}: no run of {images} images with the defaults, lr, epochs and batch size {default[1:]}")
+
+        def paired(setting: tuple[float, ...], default: tuple[float, ...] = default) -> tuple[float, float, int]:
+            seeds = runs[setting].keys() & runs[default].keys()
+            return mean(runs[setting][seed] for seed in seeds), mean(runs[default][seed] for seed in seeds), len(seeds)
+
+        tried = [setting for setting in runs if setting[0] == images and runs[setting].keys() & runs[default].keys()]
+        best = max(tried, key=lambda setting: paired(setting)[0] - paired(setting)[1])
+        best_both, both, seeds = paired(best)
+        found.append(Held(int(images), default, both, best, best_both, len(tried), seeds))
+    return found
+
+
+def section(records: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: the defaults of every size beside the best of the sweep."""
+    rows = [
+        [
+            str(one.images), _words(one.default), f"{one.both:.1f}",
+            "the same" if one.best == one.default else _words(one.best),
+            f"{one.best_both:.1f}", str(one.settings), str(one.seeds),
+        ]
+        for one in held(records)
+    ]  # fmt: skip
+    header = ["training images", "default", "mean of ID and OOD", "best of the sweep", "its mean", "settings tried", "seeds"]
+    last, machines = records[-1], " and ".join(dict.fromkeys(record["cpu"] for record in records))
+    return (
+        f"`python -m bench.defaults` (masked-object with the tiny model, weight 8; {machines}, torch {last['torch']}; "
+        f"{len(records)} runs):\n\n{markdown_table(header, rows)}"
+    )
+
+
+def _words(setting: tuple[float, ...]) -> str:
+    images, lr, epochs, batch = setting
+    return f"lr {lr:g}, batch {batch:g}, {epochs * (images // batch):g} steps"
+
+
+def key(record: Mapping[str, float]) -> tuple[float, ...]:
     """What tells one run from another."""
     return tuple(record[name] for name in ("images", "lr", "epochs", "batch_size", "seed"))
 

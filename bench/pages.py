@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import report, scaling
+from bench import defaults, report, scaling
 from bench.gpu import tables
 from bench.records import ROOT, read
 from cammask_fast.demo.report import accuracy_section, summary
@@ -48,6 +48,7 @@ SECTIONS = (
     Section("gpu-status", "README.md", lambda results: report.gpu_status(records_of(results))),
     Section("demo", "docs/results.md", lambda results: summary(demo_of(results, "demo.json"))),
     Section("demo-full", "docs/results.md", lambda results: summary(demo_of(results, "demo-full.json"))),
+    Section("defaults", "docs/results.md", lambda results: defaults.section(read(results / defaults.RECORDS.name))),
     Section("data", "docs/data.md", lambda results: report.data_section(records_of(results))),
     Section("gpu", "docs/kernels.md", lambda results: report.gpu_section(records_of(results))),
     Section("cpu", "docs/kernels.md", kernels_on_cpu),

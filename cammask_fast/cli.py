@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -19,6 +20,7 @@ from cammask_fast.recipes.run_recipe import is_recipe_file, option_words
 from cammask_fast.runtime.env import launched
 from cammask_fast.runtime.notices import collecting
 from cammask_fast.runtime.signals import EXIT_CODE, TrainingPreempted
+from cammask_fast.runtime.suggest import did_you_mean
 
 SCORES = (
     "folder of scores.json, scores.csv, per_class.csv, predictions.csv, the confusion matrix and the list of unreadable images "
@@ -34,7 +36,23 @@ class Parser(argparse.ArgumentParser):
         """Raise the error as ValueError, which `main` reports in one line."""
         if message.startswith("unrecognized arguments") and ".tar" in message:
             message += "; a pattern of shards goes in quotes: --data 'FOLDER/*.tar'"
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        raise ValueError(f"{message}{self.meant(message)} (see {self.prog} --help)")
+
+    def meant(self, message: str) -> str:
+        """A close option or choice for one that is wrong, according to argparse's message."""
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            return did_you_mean(unknown[1], self.all_options())
+        choice = re.search(r"invalid choice: '(.*?)' \((?:choose|maybe) .*? (.*)\)", message)
+        return did_you_mean(choice[1], re.findall(r"[\w./-]+", choice[2])) if choice else ""
+
+    def all_options(self) -> list[str]:
+        """The options of this parser and of its commands."""
+        found = [name for action in self._actions for name in action.option_strings]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [name for sub in action.choices.values() for name in sub.all_options()]
+        return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +94,9 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
 def run_command(args: dict[str, Any]) -> int:
     """Import the command's module only now: `cammask --help` answers without PyTorch. Returns its exit code, 0 without one."""
+    from cammask_fast.commands.checks import check
+
+    check(args)
     module, function = args["command"].split(".")
     return getattr(import_module(f"cammask_fast.commands.{module}"), function)(args) or 0
 

@@ -10,6 +10,8 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
+from cammask_fast.runtime.suggest import did_you_mean
+
 Cam = Literal["mm-cam", "grad-cam"]
 Precision = Literal["auto", "bf16", "tf32", "fp32"]
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -90,7 +92,7 @@ class OptimConfig:
     """AdamW and its one-cycle schedule; the paper's values are the defaults."""
 
     lr: float = option(
-        3e-5, f"peak learning rate ({FITS}: the paper's 3e-05; tiny: its recipes' 0.00125, half below 1000 images)"
+        3e-5, f"peak learning rate ({FITS}: the paper's 3e-05; tiny: its recipes' 0.00125, 0.0006 below 1000 images)"
     )
     weight_decay: float = option(0.1, "weight decay on all parameters; a linear probe uses 0")
     clip_norm: float = option(1.0, "global gradient norm, clipped once per optimiser step")
@@ -132,7 +134,7 @@ class TrainConfig:
     kd_temperature: float = option(10.0, "temperature of the logits' distillation (kd)")
     epochs: int = option(
         10,
-        f"passes over the training images ({FITS}: the paper's 10, tiny: 6; more where that is less than 66 steps)",
+        f"passes over the training images ({FITS}: the paper's 10, tiny: 6; more where that is less than about 66 steps)",
         metavar="N",
     )
     batch_size: int = option(
@@ -169,7 +171,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+            meant = did_you_mean(self.method, METHODS)
+            raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}{meant}")
         _positive(self, "epochs", "batch_size", "accumulate", "kd_temperature", "max_skipped")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: {self.accumulate} does not divide the batch size {self.batch_size}")
@@ -219,7 +222,8 @@ def _check_types(config: object) -> None:
     for known in options_of(type(config)):
         value, choices = getattr(config, known.name), ", ".join(choice for choice in known.choices if choice)
         if known.choices and value not in known.choices:
-            raise ValueError(f"unknown {known.name} {value!r}; known: {choices}")
+            meant = did_you_mean(str(value), known.choices)
+            raise ValueError(f"unknown {known.name} {value!r}; known: {choices}{meant}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not (number if known.kind is float else type(value) is known.kind):
             expected = {float: "a finite number", int: "a whole number", str: "a text"}[known.kind]
@@ -246,5 +250,6 @@ def _recipe_files() -> Iterator[tuple[Traversable, Traversable]]:
 def load_recipe(name: str) -> dict[str, Any]:
     """The tables of a recipe: `{"arch": …, "pretrained": …, "train": {…}}`. Raises ValueError on an unknown name."""
     if name not in recipe_names():
-        raise ValueError(f"unknown recipe {name!r}; `cammask recipes` lists them: {', '.join(recipe_names())}")
+        known, meant = ", ".join(recipe_names()), did_you_mean(name, recipe_names())
+        raise ValueError(f"unknown recipe {name!r}; `cammask recipes` lists them: {known}{meant}")
     return tomllib.loads(files("cammask_fast").joinpath("recipes", *f"{name}.toml".split("/")).read_text())

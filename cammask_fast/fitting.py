@@ -1,12 +1,12 @@
 """Defaults that fit: learning rate, distillation weight, epochs and batch size from the model and the number of images.
 
 The paper's values belong to OpenAI's ViTs at ImageNet's size; the shipped tiny model has those of its recipes. Small sets get a
-batch of all their images and enough epochs for a minimum of steps. The rule is held against `bench/results/defaults.jsonl`.
+batch of all their images and enough epochs for a minimum of steps. The tiny model's rule is held against the sweep in
+`bench/results/defaults.jsonl`; nothing was measured with other models.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,9 +15,12 @@ from cammask_fast.config import METHODS, OptimConfig, TrainConfig, load_recipe, 
 FITTED = ("lr", "w_distill", "epochs", "batch_size")
 """The settings that are fitted, in the order in which they are shown."""
 MIN_STEPS = 66
-"""Steps of a run at least. On the embedded benchmark twice as many gain nothing on small sets."""
+"""Steps of a run at least, as far as whole epochs go."""
+MOST_STEPS_OF_TINY = 138
+"""Steps of a run of the tiny model at most, as far as whole epochs go."""
 FEW_IMAGES = 1000
-"""Below so many training images, tiny's learning rate is halved."""
+FEW_IMAGES_LR = 6e-4
+"""Learning rate of the tiny model for fewer training images than `FEW_IMAGES`."""
 
 
 class Fitted(NamedTuple):
@@ -54,15 +57,21 @@ def fitting_defaults(arch: str, images: int, method: str, given: Mapping[str, An
             values[name], reasons[name] = value, reason
 
     few = arch == "tiny" and images < FEW_IMAGES
-    choose("lr", base["lr"] / 2 if few else base["lr"], f"half of {whose}, for few images" if few else whose)
+    choose("lr", FEW_IMAGES_LR if few else base["lr"], f"for tiny on fewer than {FEW_IMAGES} images" if few else whose)
     if METHODS[method].distill != "none" or given.get("distill"):
         choose("w_distill", base["w_distill"], whose)
     batch = _batch_size(images, int(base["batch_size"]), given, shares)
     choose("batch_size", batch, whose if batch == base["batch_size"] else _of_images(batch, images, shares))
     steps = images // batch
-    enough = math.ceil(MIN_STEPS / steps)
     own = int(base["epochs"])
-    choose("epochs", max(own, enough), whose if own >= enough else f"at least {MIN_STEPS} steps, of which an epoch has {steps}")
+    epochs = max(own, round(MIN_STEPS / steps))
+    if arch == "tiny":
+        epochs = min(epochs, max(1, round(MOST_STEPS_OF_TINY / steps)))
+    choose(
+        "epochs",
+        epochs,
+        whose if epochs == own else f"{epochs * steps} steps, {'more' if epochs > own else 'less'} than in {own}",
+    )
     return Fitted(values, reasons)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
-    "runtime", "config", "recipes", "fitting", "assets", "precision", "progress", "profiling", "inductor_options",
+    "runtime", "config", "strategy", "recipes", "fitting", "assets", "precision", "progress", "profiling", "inductor_options",
     "distributed", "kernels", "data", "model", "cam", "masking", "losses", "optim", "state", "step", "checkpoint", "export",
     "evaluate", "wise_ft", "train", "viz", "api", "demo", "commands", "cli", "__main__",
 )  # fmt: skip

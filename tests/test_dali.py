@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from cammask_fast.data import warn
+from cammask_fast.data.augment import Augment
 from cammask_fast.data.datasets.image_folder import ImageFolder, scan
 from cammask_fast.data.loaders import dali_loader, dali_pipeline, dali_versions
 from cammask_fast.data.loaders.config import LoaderConfig
@@ -26,7 +27,7 @@ from cammask_fast.data.loaders.dali_refused import PIPELINES, Trial, refused_row
 from cammask_fast.data.loaders.dali_versions import GPU_REGIONS, Versions, known_faults, reason_of
 from cammask_fast.data.loaders.torch_loader import BatchRequest, TorchLoader
 from cammask_fast.data.sampler import ResumableDistributedSampler
-from cammask_fast.data.transforms import Augment, Transform, decode
+from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.data.types import Batch
 from tests.helpers.processes import in_own_process
 from tests.test_folder import make_folder, write_image

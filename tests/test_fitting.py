@@ -38,20 +38,28 @@ def test_a_distillation_of_its_own_has_the_weight_of_its_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "batch", "steps"), [(1, 1, 66), (252, 252, 66), (512, 512, 66), (1100, 512, 66), (4000, 512, 70)]
+    ("images", "batch", "steps"),
+    [(1, 1, 66), (252, 252, 66), (512, 512, 66), (1100, 512, 66), (4000, 512, 70), (2050, 512, 64)],
 )
 def test_small_sets_have_a_batch_of_all_images_and_enough_steps(images: int, batch: int, steps: int) -> None:
     values, reasons = fitting_defaults("ViT-B/32", images, "masked-object", {})
     assert values["batch_size"] == batch == min(512, images)
-    assert images // batch * values["epochs"] == steps >= MIN_STEPS
+    assert images // batch * values["epochs"] == steps
+    assert steps >= MIN_STEPS - images // batch
     assert reasons["batch_size"] == ("all training images" if images < 512 else "the paper's for CLIP ViTs")
-    assert ("at least 66 steps" in reasons["epochs"]) == (values["epochs"] > 10)
+    assert (reasons["epochs"] == f"{steps} steps, more than in 10") == (values["epochs"] > 10)
 
 
 def test_tiny_learns_slower_from_few_images() -> None:
-    assert fitting_defaults("tiny", 999, "ft", {}).values["lr"] == 1.25e-3 / 2
+    assert fitting_defaults("tiny", 999, "ft", {}).values["lr"] == 6e-4
     assert fitting_defaults("tiny", 1000, "ft", {}).values["lr"] == 1.25e-3
     assert fitting_defaults("ViT-B/32", 10, "ft", {}).values["lr"] == 3e-5
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(600, 16), (1500, 6), (3000, 6), (6000, 3), (200_000, 1)])
+def test_tiny_needs_no_more_steps_for_more_images(images: int, epochs: int) -> None:
+    assert fitting_defaults("tiny", images, "masked-object", {}).values["epochs"] == epochs
+    assert fitting_defaults("ViT-B/32", 200_000, "masked-object", {}).values["epochs"] == 10
 
 
 def test_what_is_given_stays_and_decides_on_the_rest() -> None:
@@ -60,7 +68,7 @@ def test_what_is_given_stays_and_decides_on_the_rest() -> None:
         assert set(fitted.values) == set(fitted.reasons) == set(FITTED) - {name}
         assert (config.optim.lr if name == "lr" else getattr(config, name)) == value
     assert fitting_defaults("tiny", 100, "ft", {"batch_size": 10}).values["epochs"] == 7, "of 10 steps"
-    assert fitted_config("tiny", 100, {"pct_start": 0.5})[0].optim == OptimConfig(lr=1.25e-3 / 2, pct_start=0.5)
+    assert fitted_config("tiny", 100, {"pct_start": 0.5})[0].optim == OptimConfig(lr=6e-4, pct_start=0.5)
 
 
 def test_a_batch_is_shared_out_evenly() -> None:
@@ -106,7 +114,7 @@ def test_the_obvious_first_command_says_what_it_chose(tmp_path: Path, capsys: py
     assert "batch_size 10" in said
     assert "all training images" in said
     record = json.loads((out / "run.json").read_text())
-    assert record["fitted"]["lr"] == {"value": 0.000625, "reason": "half of tiny's recipe, for few images"}
+    assert record["fitted"]["lr"] == {"value": 6e-4, "reason": "for tiny on fewer than 1000 images"}
     assert (record["config"]["batch_size"], record["config"]["epochs"], record["config"]["w_distill"]) == (10, 2, 8.0)
     assert "epochs" not in record["fitted"]
 
@@ -115,5 +123,8 @@ def test_help_names_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for text in ("the paper's 3e-05; tiny: its recipes' 0.00125, half below 1000", "the paper's 512, tiny: 128, or all images"):
+    for text in (
+        "the paper's 3e-05; tiny: its recipes' 0.00125, 0.0006 below 1000",
+        "the paper's 512, tiny: 128, or all images",
+    ):
         assert text in said

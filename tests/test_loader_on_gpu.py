@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from bench.data.photographs import generate
+from cammask_fast.data.augment import Augment
 from cammask_fast.data.datasets.image_folder import scan
 from cammask_fast.data.loaders.dali_loader import DaliLoader, dali_installed
 from cammask_fast.data.loaders.dali_refused import PIPELINES
 from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.sampler import ResumableDistributedSampler
-from cammask_fast.data.transforms import Augment, Transform
+from cammask_fast.data.transforms import Transform
 from tests.helpers.processes import in_own_process
 
 pytestmark = [

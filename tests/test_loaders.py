@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cammask_fast.data.augment import Augment
 from cammask_fast.data.datasets.image_folder import ImageFolder, scan
 from cammask_fast.data.datasets.webdataset import open_shards
 from cammask_fast.data.loaders.config import LoaderConfig
@@ -22,7 +23,7 @@ from cammask_fast.data.loaders.torch_loader import TorchLoader
 from cammask_fast.data.loaders.unreadable import UnreadableSamples
 from cammask_fast.data.pack import pack
 from cammask_fast.data.sampler import ResumableDistributedSampler, epoch_order
-from cammask_fast.data.transforms import Augment, Transform, decode
+from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.data.types import ArrayLoader, Batch, ImageSource
 from tests.test_folder import make_folder, write_image
 

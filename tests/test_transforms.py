@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
+from cammask_fast.data.augment import Augment
 from cammask_fast.data.transforms import (
-    Augment,
     AugmentParams,
     Transform,
     centre_window,

@@ -14,10 +14,10 @@ from torch import Tensor
 from cammask_fast.api.models import Model, as_model, texts
 from cammask_fast.checkpoint.source import find_checkpoint
 from cammask_fast.config import TrainConfig
+from cammask_fast.data.augment import Augment
 from cammask_fast.data.factory import DataSubset, folders_of, names_of, open_evaluation, open_training
 from cammask_fast.data.iterables import IterableLoader, to_labels, to_uint8
 from cammask_fast.data.loaders.config import LoaderConfig
-from cammask_fast.data.transforms import Augment
 from cammask_fast.data.types import Batch, Loader
 from cammask_fast.evaluate import Score
 from cammask_fast.evaluate import evaluate as evaluate_models

@@ -9,7 +9,8 @@ from pathlib import Path
 import open_clip
 
 from cammask_fast.model.layouts import architectures_with, shape_of
-from cammask_fast.model.pretrained import OPENAI_ARCHITECTURES, is_supported
+from cammask_fast.model.names import OPENAI_ARCHITECTURES
+from cammask_fast.model.pretrained import is_supported
 from cammask_fast.model.weights import FILES_OF_A_FOLDER, is_classifier, read_weights
 from cammask_fast.runtime.notices import notice
 

@@ -16,6 +16,7 @@ import torch
 from cammask_fast import __version__
 from cammask_fast.checkpoint import Checkpoints, describe_run
 from cammask_fast.checkpoint.heads import Classes
+from cammask_fast.commands.checks import ABOVE_ZERO, positive
 from cammask_fast.commands.outcome import report, validated
 from cammask_fast.commands.run_record import begin_record
 from cammask_fast.commands.screen import TimeEstimate, screen
@@ -24,10 +25,10 @@ from cammask_fast.commands.shared import Options, device_of, loader_config_of, s
 from cammask_fast.commands.starting_point import ZERO_SHOT, starting_point
 from cammask_fast.commands.watching import VALIDATION, Watched, accuracy_lines, comparison, diverged, log_of, watch
 from cammask_fast.config import TrainConfig
+from cammask_fast.data.augment import Augment
 from cammask_fast.data.class_names import class_list
 from cammask_fast.data.factory import DataSubset, TrainingData, open_training
 from cammask_fast.data.text_files import read_text
-from cammask_fast.data.transforms import Augment
 from cammask_fast.distributed import World, all_gather_object, check_same_on_all_ranks, init_distributed
 from cammask_fast.masking.kept import refuse_moving_pixels
 from cammask_fast.model.classifier import Classifier
@@ -51,7 +52,7 @@ def run_train(args: Options) -> None:
     recipe = open_recipe(args["recipe"]) if args["recipe"] else {}
     chosen = Chosen(given_settings(args, recipe.get("train", {})))
     config = chosen.config
-    positive(args, "save_every", "keep", "log_every", "timeout")
+    positive(args, *ABOVE_ZERO)
     out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
     with init_distributed(device_of(args), timeout=args["timeout"]) as dist_info, GracefulShutdown() as stop:
         launchers = all_gather_object(torchrun_id())
@@ -191,13 +192,6 @@ def refuse_diverged(out: Path, config: TrainConfig, classes: int, before: float 
     said = all_gather_object(own)[0]
     if said is not None:
         raise ValueError(said)
-
-
-def positive(args: Options, *names: str) -> None:
-    """Raise ValueError unless each of the named options is greater than zero."""
-    for name in names:
-        if not args[name] > 0:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a positive value, got {args[name]}")
 
 
 def digest(*items: Any) -> str:

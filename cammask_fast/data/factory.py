@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cammask_fast.data.augment import Augment
 from cammask_fast.data.class_names import read_class_names
 from cammask_fast.data.datasets.imagenet import KNOWN, find_sets, imagenet_names, open_known, wnids
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES, IMAGE_SIZE
@@ -27,7 +28,7 @@ from cammask_fast.data.loaders.dali_loader import DaliLoader
 from cammask_fast.data.loaders.torch_loader import UNREADABLE, TorchLoader
 from cammask_fast.data.splits import few_shot, hold_out, hold_out_images, labelled_by, of_classes
 from cammask_fast.data.summary import summary
-from cammask_fast.data.transforms import Augment, Transform, decode
+from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.data.types import ArrayLoader, ImageSource
 
 BENCHMARK = "texture-digits"

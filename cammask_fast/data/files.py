@@ -11,7 +11,10 @@ from typing import NamedTuple
 
 from PIL import features
 
+from cammask_fast.data.class_names import some
+from cammask_fast.data.text_files import printable
 from cammask_fast.runtime.notices import notice, remark
+from cammask_fast.runtime.suggest import did_you_mean
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
@@ -171,3 +174,12 @@ def _reason(name: str) -> str:
     if suffix in UNREADABLE_FORMATS:
         return f"{suffix} (a format that is not read; convert to .jpg or .png)"
     return suffix or "without a suffix"
+
+
+def missing_folder(path: Path) -> str:
+    """What to say of a folder of images that is not there: a close name beside it, and what lies there."""
+    expected = "expected FOLDER/train/<class>/*.jpg or FOLDER/<class>/*.jpg"
+    names = [printable(name) for name in listing(path.parent).folders] if path.parent.is_dir() else []
+    there = f"; {path.parent} holds {some(names)}" if names else ""
+    meant = did_you_mean(str(path), [str(path.parent / name) for name in names])
+    return f"no folder at {path}: {expected}{there}{meant}"

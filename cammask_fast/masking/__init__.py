@@ -3,7 +3,7 @@
 from cammask_fast.masking.counterfactual import Counterfactual, MaskedInput, counterfactual, masked_input
 from cammask_fast.masking.randomness import MaskRandomness, sample_mask_randomness
 from cammask_fast.masking.statistics import entropy, mask_share
-from cammask_fast.masking.strategy import Strategy, parse_strategy
+from cammask_fast.strategy import Strategy, parse_strategy
 
 __all__ = [
     "Counterfactual",

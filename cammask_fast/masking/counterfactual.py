@@ -13,7 +13,7 @@ from cammask_fast.kernels.masked_fill import masked_fill
 from cammask_fast.kernels.patch_select import patch_select
 from cammask_fast.kernels.reference import PatchSelection, fill_pixels, normalise_relevance, upsample_bilinear
 from cammask_fast.masking.randomness import MaskRandomness
-from cammask_fast.masking.strategy import Strategy
+from cammask_fast.strategy import Strategy
 
 
 class MaskedInput(NamedTuple):

@@ -14,8 +14,8 @@ from torch import Tensor
 from cammask_fast import distributed
 from cammask_fast.cam import relevance_of
 from cammask_fast.config import TrainConfig
+from cammask_fast.data.augment import Augment
 from cammask_fast.data.sampler import ResumableLoader
-from cammask_fast.data.transforms import Augment
 from cammask_fast.data.types import Batch, Loader
 from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.model.classifier import Classifier

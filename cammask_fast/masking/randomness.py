@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cammask_fast.masking.strategy import Strategy
+from cammask_fast.strategy import Strategy
 
 
 class MaskRandomness(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.masking.randomness import MaskRandomness
-from cammask_fast.masking.strategy import Strategy
+from cammask_fast.strategy import Strategy
 
 
 def mask_share(relevance_NP: Tensor | None, strategy: Strategy, draws: MaskRandomness, *, patches: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -19,18 +18,13 @@ from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.files import load_exactly
 from cammask_fast.model.head_cache import MANY_PROMPTS, TenthsOf, head_key, kept_head
 from cammask_fast.model.layouts import architectures_with, shape_of
+from cammask_fast.model.names import OPENAI_ARCHITECTURES, unknown_architecture
 from cammask_fast.model.tiny_clip import TINY_VIT, build_tiny_clip, tokenizer
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.model.weights import Weights, read_weights
 from cammask_fast.model.zero_shot import Progress, load_tiny_clip, zero_shot_weights
 from cammask_fast.runtime.notices import notice, say
 
-OPENAI_ARCHITECTURES = {
-    "ViT-B/32": "ViT-B-32-quickgelu",
-    "ViT-B/16": "ViT-B-16-quickgelu",
-    "ViT-L/14": "ViT-L-14-quickgelu",
-    "ViT-L/14@336px": "ViT-L-14-336-quickgelu",
-}
 _VISION_FIELDS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "output_tokens"}
 _ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}
 
@@ -91,11 +85,7 @@ def open_clip_name(arch: str) -> str:
     """open_clip's model name for `--arch`. Raises ValueError on an unknown one."""
     name = OPENAI_ARCHITECTURES.get(arch, arch)
     if name not in open_clip.list_models():
-        close = difflib.get_close_matches(arch, [*OPENAI_ARCHITECTURES, *open_clip.list_models()], n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(
-            f"unknown architecture {arch!r}; known: tiny, {', '.join(OPENAI_ARCHITECTURES)}, or an open_clip ViT name{meant}"
-        )
+        raise unknown_architecture(arch, open_clip.list_models())
     return name
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cammask_fast.data.class_names import some
-from cammask_fast.data.files import SUFFIXES, Ignored, count_images_below, identity, listing
+from cammask_fast.data.files import SUFFIXES, Ignored, count_images_below, identity, listing, missing_folder
 from cammask_fast.data.sampler import digest
 from cammask_fast.data.text_files import printable
 from cammask_fast.runtime.notices import notice
@@ -75,7 +75,7 @@ def scan(root: Path) -> ImageFolder:
     if root.is_file():
         raise ValueError(f"{root} is a file: expected a folder of class folders, or shards whose names end in .tar")
     if not root.is_dir():
-        raise ValueError(f"no folder at {root}: expected FOLDER/train/<class>/*.jpg or FOLDER/<class>/*.jpg{_there(root)}")
+        raise ValueError(missing_folder(root))
     ignored = Ignored()
     loose, folders = listing(root, ignored)
     if loose:
@@ -145,11 +145,3 @@ def _tell_deeper(root: Path, found: dict[str, list[str]]) -> None:
         f"{root}: images in folders below a class folder ({some(inner)}), taken for that class: {len(deeper)}; move them away "
         "if they are no photographs of it"
     )
-
-
-def _there(path: Path) -> str:
-    """What lies where something is missing, for an error message."""
-    if not path.parent.is_dir():
-        return ""
-    names = [printable(name) for name in listing(path.parent).folders]
-    return f"; {path.parent} holds {some(names)}" if names else ""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cammask_fast.data.augment import RAND_AUGMENT_BINS, Augment
 from cammask_fast.data.loaders.dali_versions import GPU_REGIONS, installed_versions, known_faults
-from cammask_fast.data.transforms import RAND_AUGMENT_BINS, Augment, AugmentParams, Transform
+from cammask_fast.data.transforms import AugmentParams, Transform
 from cammask_fast.data.warn import warn_once
 
 PREFETCH = 2

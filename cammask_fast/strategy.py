@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
+from cammask_fast.runtime.suggest import did_you_mean
+
 SELECTIONS = {"Obj": "object", "Ctx": "context", "Rand": "random"}
 FILLS = {"No": "none", "Single": "single", "Multi": "multi"}
 _NAME = re.compile(r"(Obj|Ctx|Rand)Mask(No|Single|Multi)Fill\((?:(top)=)?([0-9.eE+-]+)(%?)\)")
@@ -76,7 +78,10 @@ def parse_strategy(name: str, *, upsample: str = "nearest") -> Strategy:
     """
     match = _NAME.fullmatch(name.replace(" ", "")) if isinstance(name, str) else None
     if match is None:
-        raise ValueError(f"unknown masking strategy {name!r}; {known_strategies()}")
+        kind, _, rest = name.partition("(") if isinstance(name, str) else ("", "", "")
+        kinds = [f"{selected}Mask{filled}Fill" for selected in SELECTIONS for filled in FILLS]
+        meant = did_you_mean(kind, kinds).removesuffix("?") if rest and kind not in kinds else ""
+        raise ValueError(f"unknown masking strategy {name!r}; {known_strategies()}" + (f"{meant}({rest}?" if meant else ""))
     selection, fill, top, value, percent = match.groups()
     try:
         number = float(value)
