@@ -1,9 +1,14 @@
-"""How Inductor compiles the step, beyond its defaults: equal expressions are computed once, and the relevance is given the
-softmax statistics that attention has computed."""
+"""How Inductor compiles the step, beyond its defaults: passes over the graph that spare arithmetic and memory traffic.
+
+None changes a formula. Equal expressions are computed once; the relevance is given the softmax statistics that attention has
+computed; sums of activations are written once, in their own type; bias gradients are summed in the kernel that computes their
+terms. docs/step-static.md has what they are worth.
+"""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,8 +17,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+aten, prims = torch.ops.aten, torch.ops.prims
 PURE = ("aten", "prims", "cammask")
 """Namespaces of the operators that are merged: results depend on the arguments alone, unless tags or the schema say more."""
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 class MergeEqualNodes(CustomGraphPass):
@@ -23,10 +31,8 @@ class MergeEqualNodes(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         first: dict[Any, Node] = {}
-        for node in list(graph.nodes):
-            if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-                continue
-            if node.target._schema.is_mutable:
+        for node in _calls(graph):
+            if node.target._schema.is_mutable:  # type: ignore[union-attr]
                 return
             if not _can_merge(node):
                 continue
@@ -58,10 +64,8 @@ class HandOverLogsumexp(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         attentions: dict[tuple[Any, Any], Node] = {}
-        for node in list(graph.nodes):
-            if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-                continue
-            if node.target._opname in ATTENTIONS:
+        for node in _calls(graph):
+            if node.target._opname in ATTENTIONS:  # type: ignore[union-attr]
                 given = _arguments(node)
                 if _is_plain(given):
                     attentions[given["query"], given["key"]] = node
@@ -103,20 +107,113 @@ def _is_plain(given: dict[str, Any]) -> bool:
 
 def _logsumexp(graph: Graph, attention: Node, *, rows: Any) -> Node:
     """The node of an attention's logsumexp as (N, A, rows): cuDNN's has one more dimension, the efficient one's is padded."""
-
-    def added(target: Any, *args: Any) -> Node:
-        node = graph.call_function(target, args)
-        values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
-        node.meta["val"] = target(*values)
-        return node
-
-    lse = added(operator.getitem, attention, 1)
+    lse = _call(graph, operator.getitem, attention, 1)
     found: Tensor = lse.meta["val"]
     if found.ndim == 4:
-        lse = added(torch.ops.aten.squeeze.dim, lse, -1)
+        lse = _call(graph, aten.squeeze.dim, lse, -1)
     if lse.meta["val"].shape[-1] != rows:
-        lse = added(torch.ops.aten.slice.Tensor, lse, -1, 0, rows)
+        lse = _call(graph, aten.slice.Tensor, lse, -1, 0, rows)
     return lse
+
+
+class WriteSumsOnce(CustomGraphPass):
+    """Give memory to every activation of a 16-bit type that is a sum or a rounded result and has several readers.
+
+    Inductor inlines a sum of two tensors into each reader, up to four levels deep: a layer norm of the residual stream then
+    reads up to five branches, and centred rows are kept in float32 for the backward passes. `as_strided` is an operator whose
+    operand Inductor always writes out, and a view without a copy. Shapes must be known: a symbolic batch is left as it is.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        for node in _calls(graph):
+            value = node.meta.get("val")
+            if node.target not in (aten.add.Tensor, prims.convert_element_type.default) or not isinstance(value, Tensor):
+                continue
+            operands = [argument.meta["val"] for argument in node.args if isinstance(argument, Node)]
+            if node.target is aten.add.Tensor:
+                made_here = len(operands) == 2 and operands[0].shape == operands[1].shape
+            else:
+                made_here = operands[0].dtype not in LOW_PRECISION
+            is_activation = value.ndim >= 3 and value.dtype in LOW_PRECISION
+            known = all(isinstance(size, int) for size in (*value.shape, *value.stride()))
+            if not (made_here and is_activation and known and len(node.users) > 1):
+                continue
+            readers = list(node.users)
+            with graph.inserting_after(node):
+                written = _call(graph, aten.as_strided.default, node, [*value.shape], [*value.stride()])
+            node.replace_all_uses_with(written, readers.__contains__)
+
+    def uuid(self) -> Any:
+        """Identifies the pass in the compiler's cache."""
+        return get_hash_for_files((__file__,))
+
+
+class SumColumnsInStages(CustomGraphPass):
+    """Take the column sums of an activation (N, L, C) over L in float32 first, then over N, where it comes from pointwise
+    operators: the bias gradients of MLP and attention.
+
+    Inductor sums over the rows of the view (N * L, C) in a kernel that reads everything again. A sum over L has the ranges
+    of the operators before it, so that it shares their kernel; what remains is N rows.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        for node in _calls(graph):
+            if node.target is not aten.sum.dim_IntList or len(node.args) < 2 or node.args[1] != [0]:
+                continue
+            view, whole = node.args[0], node.args[0]
+            while isinstance(whole, Node) and whole.target in VIEWS:
+                whole = whole.args[0]
+            if not isinstance(view, Node) or not isinstance(whole, Node) or not isinstance(whole.meta.get("val"), Tensor):
+                continue
+            rows, value, total = view.meta["val"], whole.meta["val"], node.meta["val"]
+            if rows.ndim != 2 or value.ndim != 3 or value.shape[-1] != rows.shape[-1] or total.dtype != value.dtype:
+                continue
+            if not _is_pointwise(whole):
+                continue
+            wide = torch.promote_types(value.dtype, torch.float32)
+            with graph.inserting_before(node):
+                partial = _call(graph, aten.sum.dim_IntList, whole, [1], dtype=wide)
+                summed = _call(graph, aten.sum.dim_IntList, partial, *node.args[1:])
+                if wide != total.dtype:
+                    summed = _call(graph, prims.convert_element_type.default, summed, total.dtype)
+            node.replace_all_uses_with(summed)
+            graph.erase_node(node)
+
+    def uuid(self) -> Any:
+        """Identifies the pass in the compiler's cache."""
+        return get_hash_for_files((__file__,))
+
+
+def _calls(graph: Graph) -> Iterable[Node]:
+    return [n for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
+
+
+def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new node, with the value that its operands' values give."""
+    node = graph.call_function(target, args, kwargs)
+    values = pytree.tree_map_only(Node, lambda operand: operand.meta["val"], (args, kwargs))
+    node.meta["val"] = target(*values[0], **values[1])
+    return node
+
+
+def _is_pointwise(node: Node) -> bool:
+    """Whether Inductor computes a value by elements from tensors that lie in memory: its operators are pointwise or move
+    elements, back to products, attention and the like. A reduction among them makes another kernel."""
+    seen, waiting, found = {node}, [node], False
+    while waiting:
+        op: Any = waiting.pop()
+        tags = getattr(op.target, "tags", ())
+        if torch.Tag.reduction in tags:
+            return False
+        if torch.Tag.pointwise in tags or op.target in (aten.cat.default, aten.clone.default):
+            found = True
+        elif op.target not in (*VIEWS, aten.permute.default, operator.getitem):
+            continue
+        for operand in op.all_input_nodes:
+            if operand not in seen:
+                seen.add(operand)
+                waiting.append(operand)
+    return found
 
 
 class StepPasses(CustomGraphPass):
@@ -125,6 +222,8 @@ class StepPasses(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         MergeEqualNodes()(graph)
         HandOverLogsumexp()(graph)
+        WriteSumsOnce()(graph)
+        SumColumnsInStages()(graph)
 
     def uuid(self) -> Any:
         """Identifies the pass in the compiler's cache."""

@@ -235,8 +235,11 @@ def _compiled_train_step(
         trained = {name: weight if keeps_precision(name) else cast[name] for name, weight in weights.items()}
         forward = _functional_forward(student, trained, frozen, config, dtype, found)
         losses = body(forward, stored, batch, draws, scale)
-        summed = {name: [pulled[name].to(weight.dtype) for pulled in found] for name, weight in weights.items()}
-        return [sum(parts[1:], parts[0]) for parts in summed.values()], losses
+        summed, *others = [[pulled[name].flatten().to(w.dtype) for name, w in weights.items()] for pulled in found]
+        for other in others:  # one kernel for all parameters, unless every bucket of them travels as soon as it is there
+            one_by_one = [a + b for a, b in zip(summed, other, strict=True)]
+            summed = one_by_one if processes > 1 else list(torch._foreach_add(summed, other))
+        return summed, losses
 
     def apply(gradients: Sequence[Tensor], losses: Losses) -> None:
         loss = losses.total

@@ -1,5 +1,5 @@
-"""The passes of the step: what is merged and what must not be; which attention hands its logsumexp to which relevance; and that
-torch.compile takes the options."""
+"""The passes of the step: what is merged and what must not be; which attention hands its logsumexp to which relevance; which
+sums are written, and which are staged; and that torch.compile takes the options."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cammask_fast.config import Compile
-from cammask_fast.inductor_options import HandOverLogsumexp, MergeEqualNodes, StepPasses, inductor_options
+from cammask_fast.inductor_options import (
+    HandOverLogsumexp,
+    MergeEqualNodes,
+    StepPasses,
+    SumColumnsInStages,
+    WriteSumsOnce,
+    inductor_options,
+)
 from cammask_fast.kernels.cls_relevance import cls_relevance
 
 aten = torch.ops.aten
+BF16 = torch.bfloat16
 
 
 def merged(function: Callable[..., Any], *inputs: Tensor) -> tuple[GraphModule, int]:
@@ -56,6 +66,136 @@ DIFFERENT: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_what_differs_stays(name: str) -> None:
     assert merged(DIFFERENT[name], torch.zeros(3))[1] == 0
+
+
+def rewritten(
+    rewrite: Callable[[Graph], None], function: Callable[..., Any], *inputs: Tensor, symbolic: bool = False
+) -> GraphModule:
+    """The graph of a function in Inductor's operators, after a pass; without it, the same numbers come out."""
+    graph = make_fx(function, select_decomp_table(), tracing_mode="symbolic" if symbolic else "fake")(*inputs)
+    rewrite(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def count(graph: GraphModule, target: object) -> int:
+    return sum(node.target is target for node in graph.graph.nodes)
+
+
+def residual_stream(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Two residual sums with a norm behind each, as in a block: x + a has two readers, and so has (x + a) + b."""
+    one = x + a
+    two = one + F.layer_norm(one.float(), one.shape[-1:]).to(b.dtype) * b
+    return F.layer_norm(two.float(), two.shape[-1:]).to(two.dtype) + two * 2
+
+
+def test_a_sum_with_several_readers_is_written() -> None:
+    x, a, b = (torch.randn(2, 3, 8, dtype=BF16) for _ in range(3))
+    graph = rewritten(WriteSumsOnce(), residual_stream, x, a, b)
+    assert count(graph, aten.as_strided.default) == 2
+    assert torch.equal(graph(x, a, b), residual_stream(x, a, b))
+    (first, second) = (node for node in graph.graph.nodes if node.target is aten.as_strided.default)
+    assert first.args[0].target is second.args[0].target is aten.add.Tensor
+    for written in (first, second):
+        assert list(written.args[0].users) == [written]
+        assert len(written.users) >= 2
+        assert written.meta["val"].shape == (2, 3, 8)
+
+
+def test_a_rounded_result_with_several_readers_is_written() -> None:
+    def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = (x * 3).to(BF16)
+        return y.sin(), y.cos()
+
+    x = torch.randn(2, 3, 4)
+    graph = rewritten(WriteSumsOnce(), rounded, x)
+    assert count(graph, aten.as_strided.default) == 1
+    assert all(torch.equal(a, b) for a, b in zip(graph(x), rounded(x), strict=True))
+
+
+LEFT: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "one reader": (lambda x, y: (x + y).sin(), (torch.zeros(2, 3, 4, dtype=BF16),) * 2),
+    "float32": (lambda x, y: ((x + y).sin(), (x + y) * 2), (torch.zeros(2, 3, 4),) * 2),
+    "a matrix": (lambda x, y: (lambda s: (s.sin(), s.cos()))(x + y), (torch.zeros(3, 4, dtype=BF16),) * 2),
+    "broadcast": (
+        lambda x, y: (lambda s: (s.sin(), s.cos()))(x + y),
+        (torch.zeros(2, 3, 4, dtype=BF16), torch.zeros(4, dtype=BF16)),
+    ),
+    "a number": (lambda x: (lambda s: (s.sin(), s.cos()))(x + 1), (torch.zeros(2, 3, 4, dtype=BF16),)),
+    "made wider": (lambda x: (lambda s: (s.sin(), s.cos()))(x.float()), (torch.zeros(2, 3, 4, dtype=BF16),)),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_other_values_are_left_to_inductor(name: str) -> None:
+    function, inputs = LEFT[name]
+    assert count(rewritten(WriteSumsOnce(), function, *inputs), aten.as_strided.default) == 0
+
+
+def test_a_symbolic_batch_is_left_to_inductor() -> None:
+    inputs = tuple(torch.randn(2, 3, 8, dtype=BF16) for _ in range(3))
+    assert count(rewritten(WriteSumsOnce(), residual_stream, *inputs, symbolic=True), aten.as_strided.default) == 0
+
+
+def bias_gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A pointwise result (N, L, C), its product as a matrix, and its column sums, as in the backward of a linear layer."""
+    wide = x.float()
+    rows = (wide * torch.sigmoid(wide)).to(x.dtype).view(-1, x.shape[-1])
+    return rows @ weight, rows.sum(0, keepdim=True)
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64])
+def test_column_sums_in_stages_are_as_exact(dtype: torch.dtype, symbolic: bool) -> None:
+    x, weight = torch.randn(5, 7, 6).to(dtype), torch.randn(6, 3).to(dtype)
+    graph = rewritten(SumColumnsInStages(), bias_gradients, x, weight, symbolic=symbolic)
+    (partial,) = (n for n in graph.graph.nodes if n.target is aten.sum.dim_IntList and n.args[1] == [1])
+    assert partial.args[0].meta["val"].shape[1:] == (7, 6)
+    assert partial.meta["val"].dtype == torch.promote_types(dtype, torch.float32)
+    found, plain = graph(x, weight)[1], bias_gradients(x, weight)[1]
+
+    wide = x.float() if dtype != torch.float64 else x
+    gold = (wide * torch.sigmoid(wide)).to(dtype).double().sum((0, 1)).unsqueeze(0)
+    assert found.shape == plain.shape == (1, 6)
+    assert found.dtype == dtype
+    ulp = torch.finfo(dtype).eps * gold.abs().max()
+    assert ((found.double() - gold).abs() <= 2 * (plain.double() - gold).abs() + ulp).all()
+
+
+def packed_gradients(q: Tensor, k: Tensor) -> Tensor:
+    """Gradients of attention's heads (N, A, L, d), packed for one product, and their column sums."""
+    heads = [t.transpose(1, 2).flatten(2) for t in (q, k)]
+    return torch.cat(heads, -1).view(-1, 2 * heads[0].shape[-1]).sum(0)
+
+
+def test_column_sums_of_packed_gradients_are_staged() -> None:
+    q, k = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4)
+    graph = rewritten(SumColumnsInStages(), packed_gradients, q, k)
+    assert count(graph, aten.sum.dim_IntList) == 2
+    torch.testing.assert_close(graph(q, k), packed_gradients(q, k))
+
+
+NOT_STAGED: dict[str, Callable[[Tensor], Any]] = {
+    "behind a reduction": lambda x: (x * x.sum(-1, keepdim=True)).view(-1, 4).sum(0),
+    "behind a norm, rounded": lambda x: F.layer_norm(x, (4,)).to(BF16).view(-1, 4).sum(0),
+    "of a product": lambda x: (x @ x.new_ones(4, 4)).view(-1, 4).sum(0),
+    "of an input": lambda x: x.view(-1, 4).sum(0),
+    "of rows": lambda x: x.sin().view(-1, 4).sum(1),
+    "of everything": lambda x: x.sin().view(-1, 4).sum(),
+    "over other columns": lambda x: x.sin().view(-1, 2).sum(0),
+    "in another type": lambda x: x.sin().view(-1, 4).sum(0, dtype=torch.float64),
+    "of a running sum": lambda x: aten.cumsum(x, 0).view(-1, 4).sum(0),
+    "of a matrix": lambda x: x[0].sin().sum(0),
+}
+
+
+@pytest.mark.parametrize("name", NOT_STAGED)
+def test_other_sums_stay_one(name: str) -> None:
+    x = torch.randn(2, 3, 4)
+    before = rewritten(lambda graph: None, NOT_STAGED[name], x)
+    after = rewritten(SumColumnsInStages(), NOT_STAGED[name], x)
+    assert [str(node.target) for node in before.graph.nodes] == [str(node.target) for node in after.graph.nodes]
 
 
 @pytest.mark.parametrize("mode", [m for m in get_args(Compile) if m not in ("auto", "off")])

@@ -119,7 +119,10 @@ def _inductor(
     def recorded(self: Any, source: str, schedule: Any, kernel: Any, *rest: Any, **named: Any) -> Any:
         name = define(self, source, schedule, kernel, *rest, **named)
         if name not in kernels:
-            accesses, ops, reductions = _accesses(kernel), _ops(kernel), _reductions(kernel)
+            parts = getattr(kernel, "sub_kernels", None) or [kernel]  # of a kernel that does many equal things at once
+            accesses = [access for part in parts for access in _accesses(part)]
+            ops = sum((_ops(part) for part in parts), Counter())
+            reductions = {op for part in parts for op in _reductions(part)}
             for placeholder in (Placeholder.KERNEL_NAME, Placeholder.DESCRIPTIVE_NAME):
                 source = source.replace(str(placeholder), name)
             kernels[name] = Kernel(name, source, accesses, classify(accesses, ops, reductions, parameters), ops)
