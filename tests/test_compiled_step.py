@@ -27,7 +27,7 @@ from cammask_fast.data.datasets.texture_digits_splits import evaluation_splits, 
 from cammask_fast.data.types import Batch
 from cammask_fast.demo.run import tiny_config
 from cammask_fast.evaluate import accuracy
-from cammask_fast.inductor_options import HandOverLogsumexp
+from cammask_fast.inductor_options import StepPasses
 from cammask_fast.masking import MaskRandomness
 from cammask_fast.model.classifier import Classifier, keeps_precision
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
@@ -49,13 +49,13 @@ LEAVES_THE_DEVICE = ("item", "_local_scalar_dense", "nonzero", "masked_select", 
 
 
 class Graphs(list[GraphModule]):
-    """A backend of torch.compile that keeps the graphs after autograd's tracing, dead-code elimination and the hand-over."""
+    """A backend of torch.compile that keeps the graphs after autograd's tracing, dead-code elimination and the step's passes."""
 
     @property
     def backend(self) -> Callable[..., Any]:
         def keep(graph: GraphModule, _: object) -> Callable[..., Any]:
             graph.graph.eliminate_dead_code()
-            HandOverLogsumexp()(graph.graph)
+            StepPasses()(graph.graph)
             graph.recompile()
             self.append(graph)
             return make_boxed_func(graph.forward)
