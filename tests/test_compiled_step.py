@@ -49,7 +49,7 @@ LEAVES_THE_DEVICE = ("item", "_local_scalar_dense", "nonzero", "masked_select", 
 
 
 class Graphs(list[GraphModule]):
-    """A backend of torch.compile that keeps the graphs after autograd's tracing, dead-code elimination and the step's passes."""
+    """A backend of torch.compile that keeps the graphs after autograd's tracing, dead-code elimination and the passes."""
 
     @property
     def backend(self) -> Callable[..., Any]:
