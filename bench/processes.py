@@ -117,7 +117,8 @@ def logged(out: Path) -> list[dict[str, Any]]:
     path = out / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("}")]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in whole if "accuracy" not in line]
+    clocked = {"images_per_second", "data_wait", "memory_bytes"}
+    return [{k: v for k, v in line.items() if k not in clocked} for line in whole if "accuracy" not in line]
 
 
 def last_step(out: Path) -> int:

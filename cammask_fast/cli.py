@@ -393,6 +393,9 @@ def _surviving(parser: Parser) -> None:
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=text)
     text = "trace a few steps after warm-up: trace.json and operators.txt, the 20 operators that take most time"
     parser.add_argument("--profile", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--tensorboard", action="store_true", help="also write OUT/tensorboard for `tensorboard --logdir`")
+    text = "also log to Weights & Biases, project PROJECT (default: cammask-fast); WANDB_MODE=offline keeps it here"
+    parser.add_argument("--wandb", nargs="?", const="cammask-fast", metavar="PROJECT", help=text)
     text = "keep the optimiser's moments and all checkpoints of a finished run (default: its final state without moments)"
     parser.add_argument("--keep-optimizer", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out, or begun there")

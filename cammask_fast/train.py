@@ -26,7 +26,7 @@ from cammask_fast.masking import MaskRandomness, counterfactual, sample_mask_ran
 from cammask_fast.masking.kept import TeacherMemory
 from cammask_fast.model.classifier import Classifier, interpolate
 from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
-from cammask_fast.progress import DataWait, Throughput
+from cammask_fast.progress import DataWait, Throughput, memory_bytes
 from cammask_fast.runtime.run_dir import refuse_changes
 from cammask_fast.runtime.signals import TrainingPreempted
 from cammask_fast.state import Snapshot, StepStats, TrainState
@@ -280,7 +280,8 @@ def log_and_check_finite(
     if run.log is not None:
         values = {"loss": tally.loss, **tally.metrics, "lr": state.learning_rate(), "images_per_second": images_per_second}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        run.log({"step": state.step, "epoch": state.epoch, **finite, "skipped": tally.skipped})
+        rest = {"data_wait": waited, "memory_bytes": memory_bytes(state.tally.device), "skipped": tally.skipped}
+        run.log({"step": state.step, "epoch": state.epoch, **finite, **rest})
     if tally.bad_in_a_row >= min(config.max_skipped, steps):
         first = state.step - tally.bad_in_a_row + 1
         where = _debug_bundle(state, config, parts, run, tally)

@@ -104,7 +104,9 @@ def test_a_run_logs_steps_and_epochs() -> None:
     assert all(line["accuracy"]["shifted"] == 12.5 for line in epochs)
     assert all(0 <= line["accuracy"]["validation"] <= 100 for line in epochs)
     assert len(seen) == 2
-    assert all({"loss", "lr", "images_per_second", "skipped", *METRICS} <= line.keys() for line in steps)
+    assert all(
+        {"loss", "lr", "images_per_second", "data_wait", "memory_bytes", "skipped", *METRICS} <= line.keys() for line in steps
+    )
     assert all(line["images_per_second"] > 0 for line in steps)
 
 

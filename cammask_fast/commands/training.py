@@ -23,6 +23,7 @@ from cammask_fast.commands.screen import TimeEstimate, screen
 from cammask_fast.commands.settings import Chosen, flat, given_settings
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, save, say_unreadable, warn, zero_shot_model
 from cammask_fast.commands.starting_point import ZERO_SHOT, starting_point
+from cammask_fast.commands.trackers import Trackers, refuse_missing_packages
 from cammask_fast.commands.watching import VALIDATION, Watched, accuracy_lines, comparison, diverged, log_of, watch
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.augment import Augment
@@ -53,6 +54,7 @@ def run_train(args: Options) -> None:
     chosen = Chosen(given_settings(args, recipe.get("train", {})))
     config = chosen.config
     positive(args, *ABOVE_ZERO)
+    refuse_missing_packages(args)
     out = args["out"] or Path("runs", f"{config.method}-seed{config.seed}")
     with init_distributed(device_of(args), timeout=args["timeout"]) as dist_info, GracefulShutdown() as stop:
         launchers = all_gather_object(torchrun_id())
@@ -228,12 +230,21 @@ def train_with_progress(
 
     steps = config.epochs * len(data.train)
     log_every = min(args["log_every"], len(data.train))
-    with TrainingProgress(steps * config.batch_size, silent=not dist_info.is_main_process) as progress:
+    main = dist_info.is_main_process
+    with (
+        Trackers(args, out, settings) as trackers,
+        TrainingProgress(epochs=config.epochs, steps=steps, silent=not main) as progress,
+    ):
         log = RunLog(out, warn=warn)
+
+        def write(line: Mapping[str, Any]) -> None:
+            for one in (log, progress, trackers):
+                one.write(line)
 
         def resumed(step: int, epoch: int, path: Path | None) -> None:
             log.truncate_after(step, epoch)
-            progress.begin(step * config.batch_size)
+            progress.begin(step)
+            trackers.begin(step)
             if path is not None:
                 print(f"cammask: resuming from step {step} of {steps}, {path}", file=sys.stderr)
 
@@ -248,15 +259,13 @@ def train_with_progress(
         profiler = StepProfiler(args["profile"], device_of(args)) if args["profile"] and dist_info.is_main_process else None
         if dist_info.is_main_process:
             run.checkpoints = Checkpoints(out / CHECKPOINTS, settings, keep=args["keep"], warn=warn)
-            run.log = TimeEstimate(log.write, config=config, steps=steps, evaluation=sets.seconds)
+            run.log = TimeEstimate(write, config=config, steps=steps, evaluation=sets.seconds)
             run.resumed = resumed
             run.after_step = profiler or run.after_step
         started = time.perf_counter()
         try:
             with profiler or nullcontext():
-                tuned = fine_tune(
-                    teacher, data.train, data.validation, config, progress=progress, log_every=log_every, run=run, start=start
-                )
+                tuned = fine_tune(teacher, data.train, data.validation, config, log_every=log_every, run=run, start=start)
         except torch.OutOfMemoryError as error:
             raise ValueError(out_of_memory(config, dist_info, error)) from None
         finally:

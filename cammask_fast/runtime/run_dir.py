@@ -21,6 +21,7 @@ from cammask_fast.runtime.files import write_text
 from cammask_fast.runtime.metrics_csv import METRICS, MetricsTable
 from cammask_fast.runtime.notices import notice
 
+TENSORBOARD, WANDB_ID = "tensorboard", "wandb.id"
 LOCK, LOG, CHECKPOINTS, LAUNCH, RECIPE = "lock", "log.jsonl", "checkpoints", "launch.json", "recipe.toml"
 HEARTBEAT = 15.0
 STALE = 60.0
@@ -208,9 +209,20 @@ def was_launched_by(folder: Path, launchers: Sequence[str | None]) -> bool:
 
 def clear(folder: Path) -> None:
     """Remove an earlier run from its folder."""
-    for name in ("run.json", "best.safetensors", "last.safetensors", LOG, METRICS, LAUNCH, "bad_samples.tsv", "report.html"):
+    for name in (
+        "run.json",
+        "best.safetensors",
+        "last.safetensors",
+        LOG,
+        METRICS,
+        LAUNCH,
+        "bad_samples.tsv",
+        "report.html",
+        WANDB_ID,
+    ):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for name in (CHECKPOINTS, TENSORBOARD):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
