@@ -157,11 +157,12 @@ class TrainConfig:
     precision: Precision = option(
         "auto",
         "type of the matrix products: bf16 (float32 master weights, norms, losses, relevance and optimiser), tf32, fp32, or "
-        "auto: bf16 on cuda, else fp32",
+        "auto: bf16 on a GPU that has it (sm_80 and later), else fp32",
     )
     compile: Compile = option(
         "auto",
-        "the step as one compiled graph: a mode of torch.compile, off (eager), or auto: default on cuda, else off",
+        "the step as one compiled graph: a mode of torch.compile, off (eager), or auto: default on cuda, eager where "
+        "that cannot be compiled, else off",
         metavar="MODE",
         bare="default",
     )

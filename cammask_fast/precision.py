@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from cammask_fast.config import Precision
+from cammask_fast.runtime.notices import remark
+
+BF16_SINCE = (8, 0)
+"""Compute capability of the first NVIDIA GPUs with bf16 products; older ones emulate them slowly."""
 
 
 def resolve(precision: Precision, device: torch.device | str) -> Precision:
-    """`auto` is bf16 on a CUDA device and fp32 elsewhere."""
+    """`auto` is bf16 on a CUDA device that has it, and fp32 elsewhere; on an older GPU that is said once."""
     if precision != "auto":
         return precision
-    return "bf16" if torch.device(device).type == "cuda" else "fp32"
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    older = _older_gpu(torch.device(device).index)
+    if older:
+        _say_once(older)
+    return "fp32" if older else "bf16"
+
+
+def _older_gpu(index: int | None) -> str:
+    """A GPU without bf16 in words; empty for one that has it, and for AMD's."""
+    if torch.version.hip or torch.cuda.get_device_capability(index) >= BF16_SINCE:
+        return ""
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}) has no bf16 products: --precision auto is fp32 here"
+
+
+@cache
+def _say_once(message: str) -> None:
+    remark(message)
 
 
 def compute_dtype(precision: Precision, weights: torch.Tensor) -> torch.dtype:

@@ -112,6 +112,22 @@ class TrainState:
         optimizer = build_optimizer(student.parameters(), config.optim)
         return cls(student, optimizer, build_schedule(optimizer, config.optim, total_steps=total_steps), generator, tally, sums)
 
+    def make_eager(self, config: TrainConfig, *, steps_per_epoch: int) -> None:
+        """Turn the state of a compiled run into that of an eager one, at the same point of the run.
+
+        Args:
+            config: of the run.
+            steps_per_epoch: of its schedule.
+        """
+        kept, self.kept = self.kept, None  # stays as it is
+        saved = self.state_dict()
+        for parameter in self.student.parameters():
+            parameter.data = parameter.data.clone()  # no longer views of one tensor
+        self.optimizer = build_optimizer(self.student.parameters(), config.optim)
+        self.schedule = build_schedule(self.optimizer, config.optim, total_steps=config.epochs * steps_per_epoch)
+        self.load_state_dict(saved)
+        self.kept = kept
+
     def update(self, losses: StepLosses, clipped: Clipped) -> None:
         """Count a step, on the device."""
         total, steps, in_a_row, skipped = self.tally.unbind()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.func import functional_call, grad_and_value, vjp
 
 from cammask_fast import distributed
@@ -39,6 +40,7 @@ from cammask_fast.model.classifier import Classifier, ComputeCopy, Prediction, c
 from cammask_fast.model.vit import Taps, ViTConfig
 from cammask_fast.optim import FlatAdamW, clipped_step
 from cammask_fast.precision import compute_dtype
+from cammask_fast.runtime.notices import warn
 from cammask_fast.state import TrainState
 
 
@@ -209,6 +211,85 @@ def build_train_step(
         return losses
 
     return train_step
+
+
+def compiled_or_eager_step(
+    state: TrainState,
+    teacher: Classifier | None,
+    config: TrainConfig,
+    *,
+    steps_per_epoch: int,
+    processes: int = 1,
+    backend: Callable[..., Any] | str = "inductor",
+) -> TrainStep:
+    """`build_train_step`, and what becomes of a run whose step cannot be compiled.
+
+    With `compile` auto the run goes on eagerly, which one warning says with the reason; with a mode that was asked for it ends.
+    One process finds out in its first step, before anything has changed; several processes compile something small before, as
+    all must go the same way.
+
+    Args:
+        state: as for `build_train_step`; one for the compiled step becomes one for the eager step.
+        teacher: as for `build_train_step`.
+        config: as for `build_train_step`.
+        steps_per_epoch: of the schedule.
+        processes: as for `build_train_step`.
+        backend: as for `build_train_step`.
+
+    Raises:
+        ValueError: as `build_train_step`, at once; and in the first step, when a mode that was asked for cannot be compiled.
+    """
+    step = build_train_step(state, teacher, config, processes=processes, backend=backend)
+    if not isinstance(state.optimizer, FlatAdamW):
+        return step
+    may_fall_back, first = config.compile == "auto", True
+
+    def eager_instead(reason: str) -> TrainStep:
+        warn(f"the step cannot be compiled and runs eagerly, which is slower ({reason}); --compile off chooses that")
+        state.make_eager(config, steps_per_epoch=steps_per_epoch)
+        return build_train_step(state, teacher, config, processes=processes)
+
+    if may_fall_back and processes > 1:
+        faults = [fault for fault in distributed.all_gather_object(compiler_fault(state.tally.device, backend)) if fault]
+        if faults:
+            return eager_instead(faults[0])
+        may_fall_back = False
+
+    def train_step(parts: Sequence[tuple[Batch, MaskRandomness | None]]) -> Losses:
+        nonlocal step, first
+        if not first:
+            return step(parts)
+        try:
+            losses = step(parts)
+        except TorchDynamoException as error:
+            if not may_fall_back:
+                raise ValueError(
+                    f"the step cannot be compiled ({compiler_reason(error)}): use --compile off, or mend the compiler"
+                ) from None
+            step = eager_instead(compiler_reason(error))
+            losses = step(parts)
+        first = False
+        return losses
+
+    return train_step
+
+
+def compiler_fault(device: torch.device, backend: Callable[..., Any] | str = "inductor") -> str | None:
+    """Why torch.compile does not work on a device, in one line; None where it does, which a small function shows."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:  # a broken installation raises anything
+        return compiler_reason(error)
+    return None
+
+
+def compiler_reason(error: BaseException) -> str:
+    """The line of a compiler's error that says most."""
+    text = str(error).split("Set TORCHDYNAMO_VERBOSE=1")[0]
+    if "InvalidCxxCompiler" in text:
+        return "no working C++ compiler; Debian: apt-get install g++"
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("backend=")]
+    return lines[0] if lines else type(error).__name__
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from cammask_fast.progress import DataWait, Throughput, memory_bytes
 from cammask_fast.runtime.run_dir import refuse_changes
 from cammask_fast.runtime.signals import TrainingPreempted
 from cammask_fast.state import Snapshot, StepStats, TrainState
-from cammask_fast.step import build_strategy, build_train_step, sample_step_randomness
+from cammask_fast.step import build_strategy, compiled_or_eager_step, sample_step_randomness
 
 Progress = Callable[[str, int, int, float, float], None]
 """Called as (phase, images done, images in total, mean loss since the last call, share of the time spent waiting for data)."""
@@ -172,7 +172,7 @@ def fine_tune(
     state = TrainState.create(student, config, steps_per_epoch=len(train), compiled=compiled, rank=rank)
     frozen = teacher.stored_in(dtype)
     state.kept = TeacherMemory.of_run(frozen, config, train)
-    step = build_train_step(state, frozen, config, processes=run.world.size)
+    step = compiled_or_eager_step(state, frozen, config, steps_per_epoch=len(train), processes=run.world.size)
     run.resume(state, train)
     wait, vote, pace = DataWait(device), distributed.AsyncAnyFlag(), Throughput(state.step * config.batch_size)
     for epoch in range(state.epoch, config.epochs):
