@@ -398,6 +398,8 @@ def _surviving(parser: Parser) -> None:
     parser.add_argument("--wandb", nargs="?", const="cammask-fast", metavar="PROJECT", help=text)
     text = "keep the optimiser's moments and all checkpoints of a finished run (default: its final state without moments)"
     parser.add_argument("--keep-optimizer", action="store_true", help=text)
+    text = "go on from the end of the finished run in --out to --epochs in all, with a fresh schedule; it moves to OUT/epochs-N"
+    parser.add_argument("--extend", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out, or begun there")
 
 

@@ -192,7 +192,7 @@ def test_a_probe_goes_on_as_fine_tuning(
     assert found["zero_shot"] == record(probe)["zero_shot"]
     assert found["start"] == record(probe)["accuracy"]
     assert "zero-shot accuracy on the" in printed.out
-    assert f"{probe / 'best.safetensors'}: accuracy on the" in printed.out
+    assert "lp/best.safetensors accuracy on the" in printed.out
     assert ("taken as --init" in printed.err) == (option == "--pretrained")
     assert "nothing was learnt" in printed.err
     assert str(probe / "best.safetensors") in printed.err.split("nothing was learnt")[1]

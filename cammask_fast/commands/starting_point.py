@@ -39,6 +39,8 @@ class StartingPoint:
     pretrained: str
     teacher: str = "pretrained"
     init: Init | None = None
+    epochs_before: int = 0
+    """With `--extend`: those of the run that is extended."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -49,13 +51,14 @@ class StartingPoint:
     @property
     def record(self) -> dict[str, Any]:
         """For run.json and the checkpoints."""
-        own = {} if self.init is None else {"init": str(self.init.path), "teacher": self.teacher}
+        own: dict[str, Any] = {} if self.init is None else {"init": str(self.init.path), "teacher": self.teacher}
+        own |= {"epochs_before": self.epochs_before} if self.epochs_before else {}
         return {"arch": self.arch, "pretrained": self.pretrained, **own}
 
     @property
     def start_name(self) -> str:
         """What the model is called from which the student starts, in `untrained`."""
-        return ZERO_SHOT if self.init is None else f"{self.init.path}:"
+        return ZERO_SHOT if self.init is None else f"{self.init.path.parent.name}/{self.init.path.name}"
 
     @property
     def weights(self) -> str:
@@ -155,7 +158,7 @@ def starting_point(args: Options, recipe: Mapping[str, Any], config: TrainConfig
     if config.resolved.trained == "none":
         raise ValueError(f"--init: method {config.method!r} trains nothing; `cammask evaluate --checkpoint {init}` scores it")
     path = find_checkpoint(init, "--init")
-    if out.resolve() in path.resolve().parents:
+    if out.resolve() in path.resolve().parents and not args["extend"]:
         raise ValueError(f"--init {init} lies in --out {out}: choose another --out for the new run")
     expected = args["arch"] or recipe.get("arch")
     model, description = load_classifier(path, expect_vit=vit_config(expected) if expected else None)
@@ -163,6 +166,6 @@ def starting_point(args: Options, recipe: Mapping[str, Any], config: TrainConfig
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     return StartingPoint(
         arch=description.arch, pretrained=pretrained or description.run.get("pretrained") or "",
-        teacher=args["teacher"] or "pretrained",
+        teacher=args["teacher"] or "pretrained", epochs_before=args.get("epochs_before", 0),
         init=Init(path=path, model=model, description=description, digest=digest),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from cammask_fast import __version__
 from cammask_fast.checkpoint import Checkpoints, describe_run
 from cammask_fast.checkpoint.heads import Classes
 from cammask_fast.commands.checks import ABOVE_ZERO, positive
+from cammask_fast.commands.extension import extension_of, prepare, refuse_finished, tell_better
 from cammask_fast.commands.outcome import report, validated
 from cammask_fast.commands.run_record import begin_record
 from cammask_fast.commands.screen import TimeEstimate, screen
@@ -63,9 +64,15 @@ def run_train(args: Options) -> None:
         ]  # as rank 0 sees the folder
         if complete and ours:
             return  # another process failed after the run was complete
-        if complete and not args["overwrite"]:
-            raise ValueError(f"{out} already holds a run: choose another --out or pass --overwrite")
+        if args["extend"]:
+            prepare(args, out, chosen, complete=complete, is_main_process=dist_info.is_main_process)
+            all_gather_object(None)  # until rank 0 has done so
+            args, chosen = extension_of(args, chosen, out)
+        elif complete and not args["overwrite"]:
+            refuse_finished(out, int(chosen.given.get("epochs", 0)))
         train_here(args, recipe, chosen, out, dist_info, stop, launchers)
+        if args["extend"] and dist_info.is_main_process:
+            tell_better(out, args["epochs_before"])
 
 
 def train_here(

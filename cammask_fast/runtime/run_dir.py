@@ -30,6 +30,8 @@ LONG_AGO = 3600.0
 """Seconds since the last heartbeat that even clocks which disagree cannot explain."""
 RESUME_MUTABLE = ("data", "compile", "device", "max_skipped")
 """Settings that may change when a run is resumed: they do not change what it computes, but for rounding."""
+VERSION = "cammask_fast"
+"""The setting with the version; another patch release may resume a run, another minor one may not."""
 FORMER_VALUES = {"PlainLoader": "TorchLoader"}
 """Values in the settings of runs that version 0.1.0 began, and what they are called now."""
 SINCE_0_1_0 = ("train_images",)
@@ -225,6 +227,11 @@ def clear(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
+def _release(settings: Mapping[str, Any]) -> list[str]:
+    """Major and minor number of the version that wrote the settings."""
+    return str(settings.get(VERSION)).split(".")[:2]
+
+
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Refuse to resume a run with settings that would change it.
 
@@ -238,6 +245,8 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path
     """
     free = set(RESUME_MUTABLE)
     before = {name: FORMER_VALUES.get(value, value) if isinstance(value, str) else value for name, value in before.items()}
+    if _release(before) == _release(now):  # patch releases train alike
+        free.add(VERSION)
     before = {name: value for name, value in DEFAULTS_BEFORE.items() if name in now} | before
     if before.get("donors") == now.get("donors") == "global":
         free |= set(RESUME_MUTABLE_WITH_GLOBAL_DONORS)
