@@ -79,6 +79,19 @@ def test_special_things_live_in_one_place(needle: str, owner: str) -> None:
     assert all(user == Path(owner) or Path(owner) in user.parents for user in users)
 
 
+def nesting(node: ast.AST) -> int:
+    """How many functions are inside of each other below a node."""
+    inner = (nesting(child) + isinstance(child, ast.FunctionDef) for child in ast.iter_child_nodes(node))
+    return max(inner, default=0)
+
+
+def test_closures_of_the_step_are_nested_two_deep_at_most() -> None:
+    found = {node.name: nesting(node) for node in ast.parse((ROOT / "cammask_fast/step.py").read_text()).body
+             if isinstance(node, ast.FunctionDef)}  # fmt: skip
+    assert found["eager_forward"] == 0
+    assert max(found.values()) == 2
+
+
 def test_the_training_loop_reads_on_one_screen() -> None:
     tree = ast.parse((ROOT / "cammask_fast/train.py").read_text())
     loop = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "fine_tune")

@@ -83,6 +83,33 @@ def test_broken_links_and_paths_are_found(tmp_path: Path) -> None:
     assert missing_paths(text) == ["kernels/gone.py", "tests/gone.py"]
 
 
+def undefined_names(text: str) -> list[str]:
+    """Names in backticks that the file before them in the same item of a list does not define."""
+    undefined = []
+    for item in re.split(r"\n(?=\s*(?:\d+\.|-|##) )|\n\n", text):
+        source = ""
+        for code in CODE.findall(item):
+            if re.fullmatch(r"[\w./]+\.py", code) and "NAME" not in code:
+                source = (ROOT / code).read_text()
+            elif not code.isidentifier():
+                source = source if code.endswith(")") else ""
+            elif source and not re.search(rf"^\s*(?:(?:def|class) {code}\b|{code}\b.*=)", source, re.MULTILINE):
+                undefined.append(code)
+    return undefined
+
+
+def test_contributing_names_what_the_files_define() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert undefined_names(text[text.index("## Add a kernel") : text.index("## Write a benchmark")]) == []
+
+
+def test_undefined_names_are_found() -> None:
+    text = (
+        "1. `cammask_fast/config.py`: `METHODS`, `TrainConfig`, `open_source`.\n2. `elsewhere`, `kernels/backend.py` (`GONE`)"
+    )
+    assert undefined_names(text) == ["open_source", "GONE"]
+
+
 def test_the_readme_fits_one_sitting() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 

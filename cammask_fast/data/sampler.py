@@ -102,7 +102,7 @@ class ResumableDistributedSampler:
 
 
 class ResumableLoader:
-    """What all loaders share: an `ResumableDistributedSampler` and its state."""
+    """What all loaders share: a `ResumableDistributedSampler` and its state."""
 
     sampler: ResumableDistributedSampler
 
