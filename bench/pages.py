@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from bench import defaults, report, scaling
 from bench.gpu import tables
 from bench.records import ROOT, read
+from bench.step import less_work
 from cammask_fast.demo.report import accuracy_section, summary
 
 RESULTS = ROOT / "bench/results"
@@ -53,6 +54,7 @@ SECTIONS = (
     Section("gpu", "docs/kernels.md", lambda results: report.gpu_section(records_of(results))),
     Section("cpu", "docs/kernels.md", kernels_on_cpu),
     Section("gains", "docs/step.md", lambda results: report.gains_section(records_of(results))),
+    Section("less-work", "docs/step.md", lambda results: less_work.section(records_of(results)) or report.NO_CPU),
     Section("step", "docs/step.md", lambda results: report.step_section(records_of(results))),
     Section("runs", "docs/resume-and-scaling.md", lambda results: report.runs_section(records_of(results))),
     Section("model", "docs/resume-and-scaling.md", lambda _: scaling.tables()),

@@ -127,6 +127,16 @@ class TrainConfig:
         "whose map masks: of the student as it trains (student, the paper's), or of the frozen teacher (teacher), computed "
         "once per image and kept, which saves the map's backward pass",
     )
+    cam_every: int = option(
+        1,
+        "epochs between two maps of the student (1, the paper's: every step makes its own); kept in between",
+        metavar="EPOCHS",
+    )
+    teacher_outputs: Literal["computed", "kept"] = option(
+        "computed",
+        "whether what the teacher makes of the distilled images (fd: features, kd: logits) is computed at every visit, or once "
+        "per image and kept; for clean images, and no-fill masks by the teacher's map",
+    )
     cam_start_layer: int = option(0, "first layer of MM-CAM's rollout; 0, the paper's, is all layers", metavar="LAYER")
     upsample: Literal["nearest", "bilinear"] = option("nearest", "how the relevance map is scaled to pixels")
     w_task: float = option(1.0, "weight of the cross-entropy on the clean images")
@@ -174,7 +184,7 @@ class TrainConfig:
         if self.method not in METHODS:
             meant = did_you_mean(self.method, METHODS)
             raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}{meant}")
-        _positive(self, "epochs", "batch_size", "accumulate", "kd_temperature", "max_skipped")
+        _positive(self, "epochs", "batch_size", "accumulate", "cam_every", "kd_temperature", "max_skipped")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: {self.accumulate} does not divide the batch size {self.batch_size}")
         if not 0 <= self.alpha <= 1:

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from cammask_fast.config import TrainConfig
-from cammask_fast.masking.kept import TeacherMemory
+from cammask_fast.masking.kept import ImageMemory
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.optim import Clipped, FlatAdamW, build_optimizer, build_schedule
 
@@ -80,7 +80,7 @@ class TrainState:
     best_accuracy: float = float("-inf")
     best_step: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
-    kept: TeacherMemory | None = None
+    kept: ImageMemory | None = None
     """What the run keeps of each image."""
 
     @classmethod

@@ -36,6 +36,7 @@ from cammask_fast.masking import (
     parse_strategy,
     sample_mask_randomness,
 )
+from cammask_fast.masking.kept import check_kept, keeps_maps
 from cammask_fast.model.classifier import Classifier, ComputeCopy, Prediction, compute_weights, keeps_precision
 from cammask_fast.model.vit import Taps, ViTConfig
 from cammask_fast.optim import FlatAdamW, clipped_step
@@ -130,11 +131,7 @@ def build_strategy(config: TrainConfig) -> Strategy | None:
     """The masking strategy of a run, or None for clean images. Raises ValueError on settings that do not fit it."""
     masking = config.resolved.masking
     strategy = None if masking == "none" else parse_strategy(masking, upsample=config.upsample)
-    if config.cam_source == "teacher" and (strategy is None or not strategy.needs_cam):
-        raise ValueError(
-            f"cam_source teacher: method {config.method!r} with masking {masking!r} needs no map: leave it out, or choose an "
-            "object or context mask"
-        )
+    check_kept(config, strategy)
     return strategy
 
 
@@ -404,18 +401,29 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
     if config.cam_start_layer >= vit.layers:
         raise ValueError(f"cam_start_layer: expected 0..{vit.layers - 1} for this model, got {config.cam_start_layer}")
     layout: dict[str, Any] = {"dtype": dtype, "layout": "patches"}
-    by_student = strategy is not None and strategy.needs_cam and config.cam_source == "student"
+    by_student = strategy is not None and strategy.needs_cam and not keeps_maps(config)
 
     def task_loss_and_cotangents(prediction: Prediction, labels: Tensor, weight: float) -> tuple[Tensor, Cotangents]:
         gradient, loss = grad_and_value(F.cross_entropy)(prediction.logits, labels)
         return loss, Cotangents(logits=weight * gradient)
 
-    def distillation_and_cotangents(ours: Prediction, theirs: Prediction, weight: float) -> tuple[Tensor, Cotangents]:
+    @torch.no_grad()
+    def teachers(teacher: Teacher, batch: Batch, seen: Tensor, masked: MaskedInput | None = None) -> Tensor:
+        """Its features (N, E) or logits (N, K), whichever is distilled."""
+        if config.teacher_outputs == "kept":
+            if batch.teacher_outputs is None:
+                raise ValueError("the batch carries no outputs of the teacher: let ImageMemory add them, as fine_tune does")
+            return batch.teacher_outputs.float()
+        tokens = {} if masked is None else {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}
+        theirs: Prediction = teacher(seen, **tokens)
+        return theirs.features if method.distill == "fd" else theirs.logits
+
+    def distillation_and_cotangents(ours: Prediction, theirs: Tensor, weight: float) -> tuple[Tensor, Cotangents]:
         if method.distill == "fd":
-            gradient, loss = grad_and_value(feature_distillation)(ours.features, theirs.features)
+            gradient, loss = grad_and_value(feature_distillation)(ours.features, theirs)
             return loss, Cotangents(features=weight * gradient)
         distance = partial(logit_distillation, temperature=config.kd_temperature)
-        gradient, loss = grad_and_value(distance)(ours.logits, theirs.logits)
+        gradient, loss = grad_and_value(distance)(ours.logits, theirs)
         return loss, Cotangents(logits=weight * gradient)
 
     def relevance_map(clean: StudentForward, labels: Tensor) -> Tensor:
@@ -426,7 +434,7 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
 
     def kept_map(batch: Batch) -> Tensor:
         if batch.relevance is None:
-            raise ValueError("cam_source teacher: the batch carries no relevance; let TeacherMemory add it, as fine_tune does")
+            raise ValueError("the batch carries no relevance, and the run keeps it: let ImageMemory add it, as fine_tune does")
         return batch.relevance.float()
 
     def losses_and_backward(
@@ -441,9 +449,7 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
         assert teacher is not None
         weight = config.w_distill * scale
         if strategy is None:
-            with torch.no_grad():
-                theirs = teacher(patches)
-            distill, more = distillation_and_cotangents(clean.prediction, theirs, weight)
+            distill, more = distillation_and_cotangents(clean.prediction, teachers(teacher, batch, patches), weight)
             clean.pull_back(_add(cotangents, more))
             return _losses(config, task, distill)
         assert draws is not None
@@ -452,8 +458,7 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
         del clean
         masked = masked_input(batch.images, cam, strategy, draws, grid=vit.grid, **layout)
         seen = patches if masked.pixels is None else masked.pixels
-        with torch.no_grad():
-            theirs = teacher(seen, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
+        theirs = teachers(teacher, batch, seen, masked)
         ours = forward(seen, masked)
         distill, cotangents = distillation_and_cotangents(ours.prediction, theirs, weight)
         if cam is not None:  # NaN compares as not masked: let it reach the loss instead of passing silently

@@ -23,7 +23,7 @@ from cammask_fast.distributed import World
 from cammask_fast.evaluate import accuracy
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.masking import MaskRandomness, counterfactual, sample_mask_randomness
-from cammask_fast.masking.kept import TeacherMemory
+from cammask_fast.masking.kept import ImageMemory
 from cammask_fast.model.classifier import Classifier, interpolate
 from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
 from cammask_fast.progress import DataWait, Throughput, memory_bytes
@@ -171,7 +171,7 @@ def fine_tune(
     set_matmul_precision(resolve(config.precision, device))
     state = TrainState.create(student, config, steps_per_epoch=len(train), compiled=compiled, rank=rank)
     frozen = teacher.stored_in(dtype)
-    state.kept = TeacherMemory.of_run(frozen, config, train)
+    state.kept = ImageMemory.of_run(frozen, student, config, train)
     step = compiled_or_eager_step(state, frozen, config, steps_per_epoch=len(train), processes=run.world.size)
     run.resume(state, train)
     wait, vote, pace = DataWait(device), distributed.AsyncAnyFlag(), Throughput(state.step * config.batch_size)
@@ -179,7 +179,7 @@ def fine_tune(
         train.set_epoch(epoch)
         for batch in wait.over(train):
             distributed.heartbeat(f"step {state.step + 1}")
-            loaded = batch.to(device) if state.kept is None else state.kept.add_to(batch, device)
+            loaded = batch.to(device) if state.kept is None else state.kept.add_to(batch, device, epoch=epoch)
             parts = split_microbatches(loaded, config, state, run.world)
             step(parts)
             run.after_step()

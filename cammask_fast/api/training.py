@@ -24,7 +24,7 @@ from cammask_fast.evaluate import evaluate as evaluate_models
 from cammask_fast.export import Exported
 from cammask_fast.export import export as export_checkpoint
 from cammask_fast.fitting import fitted_config, given_config
-from cammask_fast.masking.kept import teacher_relevance
+from cammask_fast.masking.kept import kept_relevance
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.precision import compute_dtype
 from cammask_fast.step import Losses, build_step, build_strategy, sample_step_randomness
@@ -176,6 +176,8 @@ def train_step(
     if ours.head.weight.shape != frozen.head.weight.shape:
         raise ValueError("student and teacher differ in their classes or width: use a copy of the student")
     config = TrainConfig.from_flat({"method": method, "seed": seed, **settings})
+    if config.cam_every > 1 or config.teacher_outputs == "kept":
+        raise ValueError("cam_every and teacher_outputs: batches without ids that stay cannot be remembered: leave them out")
     ours.requires_grad_(config.resolved.trained == "all")
     ours.head.requires_grad_(True)
     device = ours.head.weight.device
@@ -191,7 +193,7 @@ def train_step(
         ids = torch.arange(len(pixels), device=device)
         batch = Batch(pixels, to_labels(labels, images=len(pixels), classes=len(ours.head.weight)).to(device), ids)
         if config.cam_source == "teacher":
-            batch = batch._replace(relevance=teacher_relevance(stored, batch.images, batch.labels, config))
+            batch = batch._replace(relevance=kept_relevance(stored, batch.images, batch.labels, config))
         return step(batch, sample_step_randomness(strategy, batch, patches, generator))
 
     return run

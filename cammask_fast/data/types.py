@@ -15,13 +15,14 @@ class Batch(NamedTuple):
     """A batch of decoded, resized, not yet normalised images.
 
     images: uint8 (N, H, W, 3), RGB. labels: int64 (N,). sample_ids: int64 (N,), stable across epochs. relevance: float16
-    (N, P), what a run has kept of its maps, which no loader gives.
+    (N, P), and teacher_outputs: float16 (N, E) or (N, K), what a run has kept of the images, which no loader gives.
     """
 
     images: Tensor
     labels: Tensor
     sample_ids: Tensor
     relevance: Tensor | None = None
+    teacher_outputs: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """Those that are there, in the order of the fields."""
