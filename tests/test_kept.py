@@ -18,9 +18,9 @@ from cammask_fast.checkpoint import Checkpoints
 from cammask_fast.checkpoint.training import read_checkpoint
 from cammask_fast.cli import main
 from cammask_fast.config import OptimConfig, TrainConfig
+from cammask_fast.data.augment import Augment
 from cammask_fast.data.iterables import IterableLoader
 from cammask_fast.data.sampler import ResumableDistributedSampler
-from cammask_fast.data.transforms import Augment
 from cammask_fast.data.types import ArrayLoader
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.kernels.reference import normalise_relevance

@@ -11,6 +11,7 @@ import pytest
 from bench.step.less_work import VARIANTS, counted_units, section
 from bench.step.work import count_flops
 from cammask_fast.config import TrainConfig, load_recipe, recipe_names
+from cammask_fast.data.types import Batch
 from cammask_fast.demo.run import tiny_config
 from cammask_fast.model.vit import ViTConfig
 from cammask_fast.step import build_step
@@ -63,7 +64,7 @@ def test_the_work_of_a_run_is_that_of_its_visits() -> None:
     """With real tensors: the first visit computes what is kept, the second nothing, and the step no map and no teacher."""
     student, teacher = (model.float() for model in pair())
     memory, data = memory_of(NO_FILL, 4, teacher), batch()
-    found = []
+    found: list[Batch] = []
 
     def visit() -> None:
         found.append(memory.add_to(data, CPU, epoch=len(found)))
