@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loader", nargs="+", choices=LOADERS, default=list(LOADERS), help="default: both, one after the other"
     )
+    parser.add_argument("--method", default="masked-object", help="of `cammask train` (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="of the loaders (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="images in a step (default: %(default)s)")
     parser.add_argument(
@@ -76,6 +77,7 @@ def main(options: argparse.Namespace) -> int:
                 data,
                 out,
                 loader=loader,
+                method=options.method,
                 workers=options.workers,
                 batch=options.batch,
                 steps=options.steps,
@@ -101,13 +103,16 @@ def write_photographs(folder: Path) -> Path:
     return folder
 
 
-def measure(data: Path, out: Path, *, loader: str, workers: int, batch: int, steps: int, minutes: float) -> dict[str, Any]:
+def measure(
+    data: Path, out: Path, *, loader: str, method: str, workers: int, batch: int, steps: int, minutes: float
+) -> dict[str, Any]:
     """Train, and read the memory of all processes meanwhile.
 
     Args:
         data: folder of images.
         out: folder of the run.
         loader: `dali` or `torch`.
+        method: of `cammask train`.
         workers: of the loader.
         batch: images per step.
         steps: of the run, at least.
@@ -121,7 +126,7 @@ def measure(data: Path, out: Path, *, loader: str, workers: int, batch: int, ste
     """
     training = IMAGES - IMAGES // 10
     per_epoch = training // batch
-    argv = ["train", "--data", data, "--out", out, "--arch", "tiny", "--method", "masked-object", "--loader", loader,
+    argv = ["train", "--data", data, "--out", out, "--arch", "tiny", "--method", method, "--loader", loader,
             "--workers", workers, "--batch-size", batch, "--epochs", -(-steps // per_epoch), "--lr", "1e-6",
             "--log-every", min(50, per_epoch),
             "--val-images", IMAGES - training, "--compile", "off"]  # fmt: skip
@@ -144,7 +149,7 @@ def measure(data: Path, out: Path, *, loader: str, workers: int, batch: int, ste
         raise ValueError(f"the training with --loader {loader} failed: {log.read_text()[-500:]}")
     done = last_step(out)
     return {
-        "op": "growth", "loader": loader, "workers": workers, "batch": batch, "steps": done, "images": IMAGES,
+        "op": "growth", "loader": loader, "method": method, "workers": workers, "batch": batch, "steps": done, "images": IMAGES,
         "epochs": done // per_epoch, **growth(readings), "seconds": round(time.monotonic() - begun, 1), **cpu_environment(),
     }  # fmt: skip
 
@@ -180,11 +185,12 @@ def megabytes(pid: int) -> tuple[float, float]:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    header = ["loader", "workers", "images per step", "steps", f"MB after {SETTLED} steps", "MB at the end", "largest growth"]
+    after = f"MB after {SETTLED} steps"
+    header = ["loader", "method", "workers", "images per step", "steps", after, "MB at the end", "largest growth"]
     rows = [
         [
-            record["loader"], str(record["workers"]), str(record["batch"]), str(record["steps"]), f"{record['settled_mb']:.0f}",
-            f"{record['resident_mb'][-1]:.0f}", f"{record['growth']:+.1%}",
+            record["loader"], record["method"], str(record["workers"]), str(record["batch"]), str(record["steps"]),
+            f"{record['settled_mb']:.0f}", f"{record['resident_mb'][-1]:.0f}", f"{record['growth']:+.1%}",
         ]
         for record in records
     ]  # fmt: skip

@@ -252,6 +252,11 @@ def build_parser() -> Parser:
     doctor = command("doctor", "doctor.run_doctor", "what is installed, what works, what will be chosen; exit 1 if broken")
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
+    completion = command("completion", "completion.run_completion", "print what makes a shell complete commands and options")
+    completion.add_argument(
+        "shell", choices=("bash", "zsh", "fish"), help='put `eval "$(cammask completion bash)"` in ~/.bashrc'
+    )
+
     command("recipes", "recipes.run_recipes", "list the recipes for train --recipe")
 
     pretrain = command("pretrain", "tiny_clip.run_pretrain", "pre-train the tiny CLIP on the benchmark's web images")

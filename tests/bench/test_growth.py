@@ -70,7 +70,9 @@ def test_photographs_of_many_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("steps", "batch", "message"), [(2500, 2, "--steps: expected 3000"), (20_000, 1, "--batch: expected 2")]
 )
 def test_too_little_is_refused(steps: int, batch: int, message: str) -> None:
-    options = argparse.Namespace(steps=steps, batch=batch, loader=["torch"], workers=1, minutes=1, json=True, out=None)
+    options = argparse.Namespace(
+        steps=steps, batch=batch, loader=["torch"], method="ft", workers=1, minutes=1, json=True, out=None
+    )
     with pytest.raises(ValueError, match=message):
         growth.main(options)
 
@@ -80,8 +82,8 @@ def test_a_short_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name, value in (("IMAGES", 40), ("SETTLED", 20), ("WINDOW", 20), ("EVERY", 0.02), ("SIDES", (40, 60))):
         monkeypatch.setattr(growth, name, value)
     data = growth.write_photographs(tmp_path / "data")
-    record = growth.measure(data, tmp_path / "run", loader="torch", workers=0, batch=2, steps=100, minutes=5)
+    record = growth.measure(data, tmp_path / "run", loader="torch", method="ft", workers=0, batch=2, steps=100, minutes=5)
     assert record["steps"] == 108
     assert record["epochs"] == 6
     assert record["settled_mb"] > 100
-    assert f"| torch  | 0       | 2               | 108   | {record['settled_mb']:.0f}" in growth.table([record])
+    assert f"| torch  | ft     | 0       | 2               | 108   | {record['settled_mb']:.0f}" in growth.table([record])
