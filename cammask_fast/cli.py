@@ -253,6 +253,7 @@ def build_parser() -> Parser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
     completion = command("completion", "completion.run_completion", "print what makes a shell complete commands and options")
+    completion.set_defaults(parser=parser)
     completion.add_argument(
         "shell", choices=("bash", "zsh", "fish"), help='put `eval "$(cammask completion bash)"` in ~/.bashrc'
     )

@@ -116,6 +116,14 @@ def test_few_shot_ends_when_a_class_is_small(tmp_path: Path, shots: int) -> None
         few_shot(folder, 0, seed=3)
 
 
+def test_classes_with_fewer_images_than_shots_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = scan(make_folder(tmp_path, {"a": 4, "b": 2, "c": 3}))
+    assert torch.bincount(few_shot(source, 3, seed=0).labels).tolist() == [3, 2, 3]
+    assert "--shots 3: classes that have fewer images, and keep them all: 1, b" in capsys.readouterr().err
+    few_shot(source, 2, seed=0)
+    assert capsys.readouterr().err == ""
+
+
 def test_class_subsets_are_labelled_in_the_order_asked_for(tmp_path: Path) -> None:
     folder = scan(make_folder(tmp_path, {"a": 2, "b": 1, "c": 3}))
     some = of_classes(folder, ["c", "a"])

@@ -302,10 +302,11 @@ def test_files_as_people_have_them(
     assert not loader.bad.reasons
     assert sorted(shown) == list(range(count))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cammask: warning")]
-    assert len(said) == 2, "one line for each number of bits"
-    assert all(
-        name in line and bits in line for name, bits, line in zip(("deep.png", "deeper.png"), ("12", "10"), said, strict=True)
-    )
+    expected = (("deep.png", "12"), ("deeper.png", "10"), ("moves.gif", "an animation, of which the first frame is used"))
+    assert len(said) == len(expected), "one line for each number of bits, and one for animations"
+    assert all(name in line and text in line for (name, text), line in zip(expected, said, strict=True))
+    (counted,) = loader.bad.counted_guesses()
+    assert f"2 of {count} images of {loader.bad.where}: an animation" in counted
     named = {Path(source.name(index)).name: image.float() for index, image in shown.items()}
     for index in range(count):
         by_pil = decode(source.read(index), Transform(size=SIZE)).float()

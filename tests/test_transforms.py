@@ -135,6 +135,23 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
     assert np.abs(pixels(data).astype(int) - (200, 10, 10)).max() <= 4
 
 
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_animations_are_told_and_pages_are_not(kind: str) -> None:
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ((200, 10, 10), (10, 200, 10))]
+    said: list[str] = []
+    decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:]), Transform(size=SIZE), note=said.append)
+    assert said == ([] if kind in ("TIFF", "MPO") else ["an animation, of which the first frame is used"])
+    decode(encoded(frames[0], "JPEG" if kind == "MPO" else kind), Transform(size=SIZE), note=said.append)
+    assert len(said) <= 1
+
+
+def test_a_cut_of_a_very_long_image_is_told() -> None:
+    said: list[str] = []
+    for length in (16 * 20, 16 * 20 + 1):
+        decode(encoded(Image.new("RGB", (length, 20))), Transform(size=SIZE), note=said.append)
+    assert said == ["more than 16 times as long as wide, cut to that about its centre"]
+
+
 @pytest.mark.parametrize("transparency", [1, b"\xff\x00\x80"])
 def test_a_palette_with_transparency(recwarn: pytest.WarningsRecorder, transparency: int | bytes) -> None:
     image = Image.new("P", (40, 40), 1)

@@ -7,10 +7,8 @@ from typing import Any
 
 def run_completion(args: dict[str, Any]) -> None:
     """Run `cammask completion`: print the script for a shell. Raises ValueError without shtab."""
-    from cammask_fast.cli import build_parser
-
     try:
         import shtab
     except ImportError:
         raise ValueError("completion needs shtab: pip install 'cammask-fast[completion]'") from None
-    print(shtab.complete(build_parser(), shell=args["shell"]))
+    print(shtab.complete(args["parser"], shell=args["shell"]))

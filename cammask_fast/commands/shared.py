@@ -107,14 +107,18 @@ def save(folder: Path, models: Mapping[str, Classifier], arch: str, class_names:
 
 
 def say_unreadable(dist_info: World, *loaders: Any) -> None:
-    """A line for every loader that left images out, in any process; to be called by all of them."""
+    """Lines for every loader that left images out or guessed, in any process; to be called by all of them."""
     for loader in loaders:
         bad = getattr(loader, "bad", None)
         if bad is None:
             continue
         bad.gather()
-        if bad and dist_info.is_main_process:
+        if not dist_info.is_main_process:
+            continue
+        if bad:
             remark(bad.summary())
+        for line in bad.counted_guesses():
+            remark(line)
 
 
 def warn(message: str) -> None:

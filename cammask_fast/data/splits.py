@@ -62,6 +62,10 @@ def few_shot(source: Source, shots: int, *, seed: int) -> Source:
     if shots < 1:
         raise ValueError(f"--shots: expected 1 or more, got {shots}")
     rank = _rank_within_class(source.labels, seed=seed)
+    counts = torch.bincount(source.labels, minlength=len(source.folders)).tolist()
+    fewer = [name for name, count in zip(source.folders, counts, strict=True) if count < shots]
+    if fewer:
+        notice(f"--shots {shots}: classes that have fewer images, and keep them all: {len(fewer)}, {some(fewer)}")
     return source.subset((rank < shots).nonzero()[:, 0])
 
 

@@ -33,6 +33,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """How an image is turned upright, by its EXIF orientation."""
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+"""Formats of animations; several pages of a TIFF or views of a camera's JPEG are none."""
 EXACT_MODES = ("RGB", "L")
 RGB_COMPONENTS = [ord("R"), ord("G"), ord("B")]
 _UNKNOWN = "cannot identify image file"  # PIL's words
@@ -196,6 +198,8 @@ def to_rgb(image: Image.Image, *, border: int = 0, note: Callable[[str], None] =
     """
     try:
         with warnings.catch_warnings(action="ignore"):
+            if image.format in ANIMATED and getattr(image, "is_animated", False):
+                note("an animation, of which the first frame is used")
             image.load()  # before its EXIF is read, which may lie behind the pixels
             turn = TURNS.get(orientation(image))
             image = to_eight_bits(image, note)
@@ -214,6 +218,7 @@ def to_rgb(image: Image.Image, *, border: int = 0, note: Callable[[str], None] =
         width, height = image.size
     longest = LONGEST * min(width, height)
     if max(width, height) > longest:
+        note(f"more than {LONGEST} times as long as wide, cut to that about its centre")
         left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
         image = image.crop((left, top, min(width, left + longest), min(height, top + longest)))
     return image

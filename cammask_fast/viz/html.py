@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -37,5 +38,6 @@ def picture(title: str, figure: Figure, *, text: str = "") -> Picture:
         The picture as a data URL.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
+    with warnings.catch_warnings(action="ignore"):  # of a class name's signs that the font lacks, each with a line of its own
+        figure.savefig(buffer, dpi=110, format="png")
     return Picture(title, f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", text)

@@ -19,7 +19,6 @@ from cammask_fast.data.loaders.workers import iter_with_worker_check, read_ahead
 from cammask_fast.data.sampler import ResumableDistributedSampler, ResumableLoader
 from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.data.types import Batch, ImageSource
-from cammask_fast.data.warn import warn_once
 
 UNREADABLE = (OSError, EOFError, ValueError)
 """What reading and decoding a sample raise when it is at fault."""
@@ -101,7 +100,7 @@ def replace_or_drop_unreadable(loader: Sampled, decoded: Decoded) -> Batch | Non
     """
     ids, images, reasons, notes = decoded
     for row, note in notes.items():
-        warn_once(note, where=loader.source.name(int(ids[row])))
+        loader.bad.guessed(loader.source.name(int(ids[row])), note)
     for row in reasons:
         loader.bad.add(loader.source.name(int(ids[row])), reasons[row])
     if reasons:

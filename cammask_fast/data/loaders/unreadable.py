@@ -1,10 +1,12 @@
-"""Samples that cannot be read: counted, listed in a file, and never the end of a run until there are too many."""
+"""Samples that cannot be read: counted, listed in a file, and never the end of a run until there are too many. Those of which
+something had to be guessed are counted, too."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from cammask_fast.data.warn import warn_once
 from cammask_fast.distributed import all_gather_object
 
 DEFAULT_MAX_BAD = 0.01
@@ -28,6 +30,8 @@ class UnreadableSamples:
         self.reasons: dict[str, str] = {}
         self.lost = 0
         """How many of them are not among `total`, such as those behind the cut in a damaged shard."""
+        self.guesses: dict[str, set[str]] = {}
+        """Names of samples of which something had to be guessed, by what is said of them."""
         self._listed: set[str] | None = None
 
     def __len__(self) -> int:
@@ -49,8 +53,24 @@ class UnreadableSamples:
                 "remove or replace them"
             )
 
+    def guessed(self, name: str, message: str) -> None:
+        """Count what was guessed of a sample; the first of its kind is told at once. Raises ValueError with `--strict`."""
+        self.guesses.setdefault(message, set()).add(name)
+        warn_once(message, where=name)
+
+    def counted_guesses(self) -> list[str]:
+        """A line for everything that was guessed of several samples."""
+        return [
+            f"{len(names)} of {self.total} images of {self.where}: {message}"
+            for message, names in self.guesses.items()
+            if len(names) > 1
+        ]
+
     def gather(self) -> None:
-        """Learn of the unreadable samples of all processes; to be called by all of them."""
+        """Learn of the samples of all processes that are unreadable or guessed at; to be called by all of them."""
+        for guesses in all_gather_object(self.guesses):
+            for message, names in guesses.items():
+                self.guesses.setdefault(message, set()).update(names)
         for reasons in all_gather_object(self.reasons):
             for name in reasons.keys() - self.reasons.keys():
                 self.reasons[name] = reasons[name]
