@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench import growth
 from bench.data import loaders
 from bench.gpu import tables
 from bench.kernels.cpu import markdown
@@ -180,6 +181,15 @@ def runs_section(records: Records) -> str:
             f"`cammask bench soak --minutes {record['minutes']:g}` ({record['ranks']} ranks, {record['steps']} steps, "
             f"{record['seconds']:.0f} s, {record['cpu']}, {record['cores']} cores, commit {record['commit']}): the weights "
             f"{same} those of the undisturbed run.\n\n{markdown_table(['fault', 'injected', 'survived'], rows)}"
+        )
+    long_runs = list({(r["loader"], r["method"]): r for r in records if r.get("op") == "growth"}.values())
+    if long_runs:
+        last = long_runs[-1]
+        sections.append(
+            "Memory of long runs on photographs of many sizes, resident in the process that trains and in those that read for it "
+            f"(`cammask bench growth --method {last['method']}`, {last['cpu']}, {last['cores']} cores, commit {last['commit']}). "
+            "Growth is the largest of all later thousands of steps against the first after 2 000, of what is resident or of what "
+            f"is allocated, whichever is larger; {growth.MOST:.0%} are allowed.\n\n{growth.table(long_runs)}"
         )
     for record in (r for r in records if r.get("op") == "checkpoint"):
         where = record.get("gpu") or f"{record['cpu']}, {record['cores']} cores"
