@@ -106,7 +106,7 @@ def test_metadata_of_the_wheel(built: Path) -> None:
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(map(_name_of, needed)) == sorted(map(_name_of, project["dependencies"]))
     assert "cammask = cammask_fast.cli:main" in scripts
-    assert metadata.get_payload().startswith("# cammask-fast")
+    assert str(metadata.get_payload()).startswith("# cammask-fast")
 
 
 def _name_of(requirement: str) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from bench import growth
 from bench.growth import Reading
+from bench.report import runs_section
 
 
 def readings(mb: dict[int, float], *, every: int = 100, last: int = 5000) -> list[Reading]:
@@ -34,10 +35,22 @@ def test_growth_is_the_worst_window_of_the_worse_figure() -> None:
 
 
 def test_a_single_high_reading_and_the_report_at_the_end_do_not_count() -> None:
-    found = [
-        reading._replace(resident=5000.0) if reading.step in (2500, 5000) else reading for reading in readings({0: 1000.0})
-    ]
+    found = [one._replace(resident=5000.0) if one.step == 2500 else one for one in readings({0: 1000.0})]
+    found += [Reading(5050, 5000.0, 5000.0)] * 30
     assert growth.growth(found)["growth"] == 0.0
+
+
+def test_the_page_shows_the_last_record_of_each_loader() -> None:
+    record = {
+        "op": "growth", "loader": "dali", "method": "ft", "workers": 1, "batch": 2, "steps": 20000, "settled_mb": 900.0,
+        "resident_mb": [900.0, 901.0], "growth": 0.0011, "cpu": "a CPU", "cores": 2, "commit": "abc",
+    }  # fmt: skip
+    shown = runs_section([record | {"growth": 0.5}, record, record | {"loader": "torch", "growth": -0.001}])
+    assert shown.count("| dali ") == shown.count("| torch ") == 1
+    assert "+0.1%" in shown
+    assert "-0.1%" in shown
+    assert "50.0%" not in shown
+    assert "`cammask bench growth --method ft`, a CPU, 2 cores, commit abc" in shown
 
 
 def test_windows_without_a_reading_are_refused() -> None:
