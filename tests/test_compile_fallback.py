@@ -24,7 +24,7 @@ from cammask_fast.step import (
 )
 from tests.test_step import CONFIGS, TINY, batch, pair
 
-CONFIG = replace(CONFIGS["masked-object"], optim=OptimConfig(lr=1e-3), epochs=1)
+CONFIG = replace(CONFIGS["ft-fd"], optim=OptimConfig(lr=1e-3), epochs=1)
 
 
 class Broken:
@@ -58,26 +58,27 @@ def built(compiled: bool, config: TrainConfig, **options: Any) -> tuple[TrainSta
     return state, compiled_or_eager_step(state, teacher, config, steps_per_epoch=3, **options)
 
 
-@pytest.mark.parametrize("graphs", [1, 2], ids=["the gradients", "the update"])
-def test_auto_goes_on_eagerly(graphs: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the losses, weights and schedule of an eager run from the first step on."""
+@pytest.mark.slow
+def test_auto_goes_on_eagerly(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the losses, weights and schedule of an eager run from the first step on, though one of two graphs was compiled."""
     expected, eager = built(False, CONFIG)
     losses = run(eager, expected, CONFIG)
-    broken = Broken(graphs)
+    broken = Broken(2)
     state, step = built(True, replace(CONFIG, compile="auto"), backend=broken)
     assert run(step, state, CONFIG) == losses
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("cammask: warning: the step cannot be compiled and runs eagerly")
     assert "(RuntimeError: the kernel needs)" in lines[0]
-    assert broken.calls == graphs, "tried once"
+    assert broken.calls == 2, "tried once"
     assert not isinstance(state.optimizer, FlatAdamW)
     assert state.learning_rate() == expected.learning_rate()
     for ours, theirs in zip(state.student.parameters(), expected.student.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert state.read_and_reset().metrics == expected.read_and_reset().metrics
+    assert state.read_and_reset().metrics == pytest.approx(expected.read_and_reset().metrics, rel=0, abs=0, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_a_mode_that_was_asked_for_ends_with_one_line() -> None:
     state, step = built(True, replace(CONFIG, compile="max-autotune"), backend=Broken())
     with pytest.raises(ValueError, match=r"cannot be compiled \(RuntimeError: the kernel needs\): use --compile off") as caught:
@@ -101,21 +102,19 @@ def test_an_eager_run_asks_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not isinstance(state.optimizer, FlatAdamW)
 
 
-@pytest.mark.parametrize("faults", [[None, None], [None, "no compiler here"]])
 def test_several_processes_decide_before_the_first_step(
-    faults: list[str | None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One without a compiler takes all with it."""
-    monkeypatch.setattr(step_module, "compiler_fault", lambda *_a: "own")
-    monkeypatch.setattr("cammask_fast.distributed.all_gather_object", lambda own: faults if own == "own" else [])
-    state, step = built(True, replace(CONFIG, compile="auto"), processes=2, backend=Broken())
-    if faults[1]:
-        assert "(no compiler here)" in capsys.readouterr().err
-        assert not isinstance(state.optimizer, FlatAdamW)
-    else:
-        assert isinstance(state.optimizer, FlatAdamW)
-        with pytest.raises(ValueError, match="use --compile off"):
-            run(step, state, CONFIG, 1)
+    for faults in ([None, None], [None, "no compiler here"]):
+        monkeypatch.setattr(step_module, "compiler_fault", lambda *_a: "own")
+        monkeypatch.setattr(
+            "cammask_fast.distributed.all_gather_object",
+            lambda own, answers=faults: answers if own == "own" else [],
+        )
+        state, _ = built(True, replace(CONFIG, compile="auto"), processes=2, backend=Broken())
+        assert isinstance(state.optimizer, FlatAdamW) == (faults[1] is None)
+        assert ("(no compiler here)" in capsys.readouterr().err) == (faults[1] is not None)
 
 
 def test_what_is_wrong_with_a_compiler() -> None:

@@ -144,6 +144,18 @@ def test_an_exported_program_takes_any_batch(run: Path, model: Classifier, tmp_p
     assert described["input"]["preprocessing"]["interpolation"] == "bicubic"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("to", ["open-clip", "hf"])
+def test_exported_towers_are_pretrained_weights_again(run: Path, model: Classifier, tmp_path: Path, to: str) -> None:
+    if to == "hf":
+        pytest.importorskip("transformers", reason="a development dependency")
+    export(run / "best.safetensors", to, tmp_path)
+    both = load_pretrained("tiny", str(tmp_path))
+    assert torch.equal(both.visual(pixels(2)), model(pixels(2)).features)
+    tokens = open_clip.SimpleTokenizer(context_length=20)(PROMPTS)
+    assert torch.equal(both.clip.encode_text(tokens), load_tiny_clip().encode_text(tokens))
+
+
 def test_the_comparison_sees_a_difference(model: Classifier) -> None:
     assert largest_difference(model, lambda images: {"features": model(images).features}) == 0
     one_batch_wrong = largest_difference(model, lambda images: {"logits": model(images).logits + (len(images) == 3)})

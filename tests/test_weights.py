@@ -247,6 +247,8 @@ NOT_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "w.pt.gz": (b"\x1f\x8b\x08" + b"\0" * 20, "gzip archive: unpack it"),
     "tf.h5": (b"\x89HDF\r\n\x1a\n", "TensorFlow"),
     "old.pt": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M", "cut off, damaged, or not a plain state dict"),
+    "graph.onnx": (b"\x08\x0a\x12\x07pytorch", "an ONNX graph, .*: give the weights that it was made of"),
+    "program.pt2": (b"PK\x03\x04", "a program of torch.export, .*: give the checkpoint"),
     "junk.safetensors": (b"junk", "does not begin like a safetensors file"),
 }
 

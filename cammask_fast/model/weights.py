@@ -208,6 +208,10 @@ def _refusal(file: Path) -> str:
         return "a web page, not the weights: download the file itself (on huggingface.co the link has /resolve/, not /blob/)"
     if text.startswith((b"{", b"[")):
         return "JSON text, not the weights: give the file or the folder of the weights"
+    if file.suffix == ".onnx":
+        return "an ONNX graph, whose weights have lost their names: give the weights that it was made of"
+    if file.suffix == ".pt2":
+        return "a program of torch.export, not the weights: give the checkpoint that it was made of"
     return next((words for magic, words in _MAGIC if start.startswith(magic)), "")
 
 
