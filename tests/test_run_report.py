@@ -48,7 +48,7 @@ def test_every_name_is_escaped_and_every_picture_is_inside(tmp_path: Path) -> No
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 3, "class, confusion and alarm"
     sources = re.findall(r'src="([^"]+)"', page)
-    assert len(sources) == 5, "accuracy, loss, norm, masks, confusion"
+    assert len(sources) == 6, "trade-off, accuracy, loss, norm, masks, confusion"
     assert all(base64.b64decode(source.split(",")[1]).startswith(b"\x89PNG") for source in sources)
     assert "http" not in page, "nothing is fetched"
     assert "+10.00" in page
@@ -103,7 +103,7 @@ def test_runs_are_compared_by_method_and_seed(tmp_path: Path, capsys: pytest.Cap
     assert rows["masked-object - ft"] == ["+2.00 ± 1.41", "+2.00 ± 1.41"]
     assert rows["method"] == ["ft", "masked-object"]
     text = page.read_text()
-    assert text.count("<img") == 2
+    assert text.count("<img") == 3, "trade-off, accuracies and losses"
     assert "masked-object - ft" in text
     assert main(["compare", *map(str, runs), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ft"]["shifted"] == {"0": 60.0, "1": 62.0}

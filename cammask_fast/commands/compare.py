@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 
 from cammask_fast.commands.shared import Options
 from cammask_fast.runtime.files import write_text
@@ -17,6 +19,7 @@ from cammask_fast.viz.run_report import read_log
 from cammask_fast.viz.tables import markdown_table
 
 ID = "validation"
+STAR = "* where a 95 % interval (t) excludes zero."
 
 
 class Group(NamedTuple):
@@ -50,9 +53,13 @@ def run_compare(args: Options) -> None:
     else:
         for table in tables:
             print(f"{table.title}\n\n{markdown_table(table.header, table.rows)}\n")
+            if STAR in table.text:
+                print(f"{STAR}\n")
     if args["html"] is not None:
         title = f"{len(runs)} runs: {', '.join(group.name for group in groups)}"
-        page = render("compare.html", title=title, tables=tables, pictures=[*trade_off(groups), *epoch_curves(runs)])
+        page = render(
+            "compare.html", title=title, tables=tables, pictures=[*trade_off(groups), *epoch_curves(runs), *loss_curves(runs)]
+        )
         args["html"].parent.mkdir(parents=True, exist_ok=True)
         write_text(args["html"], page)
         print(f"written to {args['html']}")
@@ -120,9 +127,10 @@ def paired_tables(groups: Sequence[Group]) -> list[Table]:
         cells = []
         for name in names:
             ours, theirs = group.values(name), first.values(name)
-            cells.append(mean_std([ours[seed] - theirs[seed] for seed in ours if seed in theirs], sign=True))
+            differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            cells.append(mean_std(differences, sign=True) + (" *" if told_apart(differences) else ""))
         rows.append([f"{group.name} - {first.name}", *cells])
-    return [Table("Paired differences, points", ["runs", *names], rows, "Over the seeds that both have.")]
+    return [Table("Paired differences, points", ["runs", *names], rows, f"Over the seeds that both have. {STAR}")]
 
 
 def settings_table(groups: Sequence[Group]) -> Table:
@@ -138,7 +146,7 @@ def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a result, without the seed, flat."""
     config = dict(record["config"])
     optim = config.pop("optim", {})
-    data = {name: record.get(name) for name in ("arch", "pretrained", "data", "augment", "train_images")}
+    data = {name: record.get(name) for name in ("arch", "pretrained", "init", "teacher", "data", "augment", "train_images")}
     return {name: value for name, value in {**config, **optim, **data}.items() if name != "seed"}
 
 
@@ -148,6 +156,15 @@ def mean_std(values: Sequence[float], *, sign: bool = False) -> str:
         return "–"
     mean = f"{statistics.mean(values):{'+' if sign else ''}.2f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def told_apart(differences: Sequence[float]) -> bool:
+    """Whether the 95 % t interval of the mean of paired differences excludes zero; never for fewer than two."""
+    count = len(differences)
+    if count < 2:
+        return False
+    half = float(student_t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
+    return abs(statistics.mean(differences)) > half
 
 
 def trade_off(groups: Sequence[Group]) -> list[Picture]:
@@ -163,6 +180,10 @@ def trade_off(groups: Sequence[Group]) -> list[Picture]:
             axis.scatter(
                 [one[ID] for one in whole], [statistics.mean(one[o] for o in others) for one in whole], label=group.name
             )
+    starts = [record.get("zero_shot", {}) for group in groups for record in group.records.values()]
+    known = {(one[ID], statistics.mean(one[o] for o in others)) for one in starts if others and one.keys() >= {ID, *others}}
+    if drawn and known:
+        axis.scatter(*zip(*sorted(known), strict=True), marker="x", color="black", label="zero-shot")
     _label(axis, f"{ID} accuracy, %", f"mean over {', '.join(others)}, %", legend=drawn)
     return [picture("In distribution against the other sets", figure)] if drawn else []
 
@@ -180,6 +201,24 @@ def epoch_curves(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Picture
             axis.plot(*zip(*points, strict=True), marker=".", label=f"{config['method']}, seed {config['seed']}")
     _label(axis, "epoch", f"{ID} accuracy, %", legend=drawn)
     return [picture("Accuracy by epoch", figure)] if drawn else []
+
+
+def loss_curves(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Picture]:
+    """Loss and its two parts by step of every run that has logged them."""
+    parts = ("loss", "task", "distill")
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    axes, drawn = figure.subplots(1, len(parts)), False
+    for path, record in runs:
+        steps, _ = read_log(path)
+        for axis, part in zip(axes, parts, strict=True):
+            points = [(line["step"], line[part]) for line in steps if line.get(part) is not None]
+            if points:
+                drawn = True
+                config = record["config"]
+                axis.plot(*zip(*points, strict=True), lw=1, label=f"{config['method']}, seed {config['seed']}")
+    for axis, part in zip(axes, parts, strict=True):
+        _label(axis, "step", part, legend=axis.has_data() and axis is axes[0])
+    return [picture("Losses by step", figure)] if drawn else []
 
 
 def _label(axis: Any, x: str, y: str, *, legend: bool) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.factory import TrainingData
-from cammask_fast.evaluate import confusion_counts
+from cammask_fast.data.factory import AnyLoader, TrainingData
+from cammask_fast.data.loaders.reading import ReadError
+from cammask_fast.data.loaders.torch_loader import UNREADABLE
+from cammask_fast.data.transforms import Transform, decode
+from cammask_fast.data.types import ArrayLoader
+from cammask_fast.evaluate import PredictionLog, evaluate
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.runtime.notices import warn
-from cammask_fast.viz.run_report import counterfactuals, write_run_report
+from cammask_fast.viz.run_report import SHOWN, counterfactuals, spread_over_classes, thumbnail, worst_images, write_run_report
 
 MOST_SKIPPED = 0.01
 """Share of the steps that may be skipped before a run says so."""
@@ -58,9 +66,11 @@ def report(
 ) -> list[str]:
     """Print the alarms of a run and write its report. A report that cannot be made never costs the run.
 
+    All processes of a run call it, as they share the validation images; the main process prints and writes.
+
     Args:
         out: folder of the run.
-        record: what `run.json` holds.
+        record: what `run.json` holds; empty on processes other than the main one.
         zero_shot: the model before training.
         best: the best checkpoint.
         data: loaders and classes of the run.
@@ -69,18 +79,59 @@ def report(
     Returns:
         The alarms.
     """
-    started, after = (record[name].get("validation") for name in ("start" if "init" in record else "zero_shot", "accuracy"))
-    name = record.get("init", "the zero-shot model")
-    said = alarms(started, after, started_from=name, skipped=record["skipped_steps"], steps=config.epochs * len(data.train))
+    predicted = None
+    if data.validation is not None:
+        device = best.head.weight.device
+        log = PredictionLog(torch.arange(len(data.class_names), device=device))
+        evaluate([best], data.validation, device=device, seen=log)
+        predicted = log.result()
+    if not record:
+        return []
+    said = []
+    if config.resolved.trained != "none":
+        started, after = (record[name].get("validation") for name in ("start" if "init" in record else "zero_shot", "accuracy"))
+        name, steps = record.get("init", "the zero-shot model"), config.epochs * len(data.train)
+        said = alarms(started, after, started_from=name, skipped=record["skipped_steps"], steps=steps)
     for line in said:
         print(f"cammask: {line}", file=sys.stderr)
     try:
         gallery = counts = None
-        if data.validation is not None:
-            counts = confusion_counts(best, data.validation, device=record["device"])
-            batch = next(iter(data.validation)).to(record["device"])
-            gallery = counterfactuals(zero_shot, best, batch.images, batch.labels, data.class_names, config)
-        write_run_report(out, record, gallery=gallery, counts=counts, alarms=said)
+        wrong = []
+        if predicted is not None and data.validation is not None:
+            counts = predicted.confusion(len(data.class_names))[:, :-1]
+            size = best.visual.config.image_size
+            chosen = predicted.sample_ids[spread_over_classes(predicted.labels, SHOWN)].tolist()
+            images = images_of(data.validation, chosen, size)
+            shown = [index for index in chosen if index in images]
+            if shown:
+                labels = data.validation.labels[shown]
+                pixels = torch.stack([images[index] for index in shown]).to(best.head.weight.device)
+                gallery = counterfactuals(zero_shot, best, pixels, labels.to(pixels.device), data.class_names, config)
+            texts = dict(worst_images(predicted, data.class_names))
+            wrong = [thumbnail(image, texts[index]) for index, image in images_of(data.validation, list(texts), size).items()]
+        write_run_report(out, record, gallery=gallery, counts=counts, wrong=wrong, alarms=said)
     except Exception as error:  # the weights are written: pictures must not turn success into failure
         warn(f"no {out / 'report.html'} ({type(error).__name__}: {error})")
     return said
+
+
+def images_of(loader: AnyLoader | None, sample_ids: Sequence[int], size: int) -> dict[int, Tensor]:
+    """Images of a loader as evaluation sees them; those that cannot be read are left out.
+
+    Args:
+        loader: of validation images.
+        sample_ids: which ones.
+        size: of the model, in pixels.
+
+    Returns:
+        uint8 (size, size, 3) by sample id.
+    """
+    found = {}
+    for index in sample_ids if loader is not None else ():
+        if isinstance(loader, ArrayLoader):
+            found[index] = loader.images[index].cpu()
+            continue
+        assert loader is not None
+        with contextlib.suppress(*UNREADABLE, ReadError):
+            found[index] = decode(loader.source.read(index), Transform(size=size))
+    return found

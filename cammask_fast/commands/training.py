@@ -155,6 +155,7 @@ def train_here(
         scores = sets.scores(models["best"])
         score = scores.get(VALIDATION)
         say_unreadable(dist_info, data.train, data.validation, *(one.loader for one in sets.sets.values()))
+        record: Options = {}
         if dist_info.is_main_process:
             run = {
                 **describe_run(config.to_dict(), score, data.class_names),
@@ -178,8 +179,7 @@ def train_here(
             if trains and not args["keep_optimizer"]:
                 weights = {"student": out / "last.safetensors", "best": out / "best.safetensors"}
                 Checkpoints(out / CHECKPOINTS, settings, warn=warn).drop_moments(weights)
-            if trains and dist_info.size == 1:
-                report(out, record, start, models["best"], data, config)
+        report(out, record, start, models["best"], data, config)
 
 
 def refuse_diverged(out: Path, config: TrainConfig, classes: int, before: float | None, dist_info: World) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from cammask_fast.cam import relevance_of
 from cammask_fast.config import TrainConfig
+from cammask_fast.evaluate import Predicted
 from cammask_fast.kernels.reference import normalise_relevance
 from cammask_fast.masking import parse_strategy
 from cammask_fast.model.classifier import Classifier
@@ -28,6 +32,10 @@ SHOWN = 6
 MOST_CLASSES = 40
 """More classes than these are not drawn as a confusion matrix."""
 WORST = 10
+WRONG = 4
+"""Pictures of each of the worst classes."""
+THUMBNAIL = 112
+NO_SHIFT = "Name other sets with --eval NAME=FOLDER to see what the run does to images unlike those it is trained on."
 
 
 def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -140,12 +148,81 @@ def confusion(counts: Tensor, names: Sequence[str]) -> tuple[list[Picture], list
     return [picture("Confusion matrix, validation images", figure)], rows[:WORST]
 
 
+def spread_over_classes(labels: Tensor, count: int) -> list[int]:
+    """Positions of up to `count` images, from as many classes as possible, in the order of the classes. labels: int64 (M,)."""
+    order = labels.argsort(stable=True)
+    sorted_labels = labels[order]
+    first = torch.searchsorted(sorted_labels, sorted_labels)  # where the class of each begins
+    turn = torch.arange(len(labels)) - first
+    chosen = order[(turn * (int(labels.max()) + 1 if len(labels) else 1) + sorted_labels).argsort(stable=True)]
+    if len(labels.unique()) > count:  # more classes than pictures: from all over the list
+        chosen = chosen[: len(labels.unique())][torch.linspace(0, len(labels.unique()) - 1, count).round().long()]
+    picked = chosen[:count]
+    return picked[labels[picked].argsort(stable=True)].tolist()
+
+
+def worst_images(predicted: Predicted, names: Sequence[str]) -> list[tuple[int, str]]:
+    """Sample ids of wrong images of the classes with the lowest accuracy, the surest mistakes of each class first.
+
+    predicted: of the validation images. Returns ids with what to write under them.
+    """
+    labels, guesses = predicted.labels, predicted.groups
+    images = torch.bincount(labels, minlength=len(names))
+    right = torch.bincount(labels[guesses == labels], minlength=len(names))
+    share = torch.where(images > 0, right / images.clamp(min=1), 2.0)
+    found = []
+    for label in share.argsort(stable=True)[:WORST].tolist():
+        wrong = ((labels == label) & (guesses != label)).nonzero()[:, 0]
+        for index in wrong[predicted.probabilities[wrong].argsort(descending=True, stable=True)][:WRONG].tolist():
+            guess, sure = int(guesses[index]), 100 * float(predicted.probabilities[index])
+            taken = names[guess] if guess >= 0 else "none of the classes"
+            found.append((int(predicted.sample_ids[index]), f"{names[label]}, taken for {taken}, {sure:.0f} %"))
+    return found
+
+
+def thumbnail(image: Tensor, text: str) -> Picture:
+    """A small JPEG of an image, uint8 (H, W, 3), with its caption."""
+    small = Image.fromarray(image.cpu().numpy())
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return Picture(text, f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")
+
+
+def trade_off(record: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    """Validation accuracy against the mean of the other sets, from zero-shot over the epochs to the best checkpoint."""
+    before, after = record.get("zero_shot", {}), record.get("accuracy", {})
+    others = [name for name in after if name != "validation"]
+
+    def point(scores: Mapping[str, float]) -> tuple[float, float] | None:
+        if not others or not {"validation", *others} <= scores.keys():
+            return None
+        return scores["validation"], sum(scores[name] for name in others) / len(others)
+
+    path = [found for found in (point(before), *(point(line["accuracy"]) for line in epochs)) if found is not None]
+    if point(after) is None:
+        return []
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    if path:
+        axis.plot(*zip(*path, strict=True), marker=".", lw=1, color="0.5", label="epochs")
+    for name, one, marker in (("zero-shot", point(before), "o"), ("best checkpoint", point(after), "*")):
+        if one is not None:
+            axis.scatter(*one, marker=marker, s=120 if marker == "*" else 50, zorder=3, label=name)
+    axis.set_xlabel("validation accuracy, %")
+    axis.set_ylabel(f"mean over {_plain(', '.join(others), 50)}, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return [picture("Trade-off: validation images against the other sets", figure)]
+
+
 def write_run_report(
     run: Path,
     record: Mapping[str, Any],
     *,
     gallery: Picture | None = None,
     counts: Tensor | None = None,
+    wrong: Sequence[Picture] = (),
     alarms: Sequence[str] = (),
 ) -> Path:
     """Write `report.html` into a run folder.
@@ -155,6 +232,7 @@ def write_run_report(
         record: what `run.json` holds.
         gallery: from `counterfactuals`.
         counts: confusion counts of the validation images, int64 (K, K).
+        wrong: images of the worst classes, from `worst_images` and `thumbnail`.
         alarms: sentences that belong on top.
 
     Returns:
@@ -181,7 +259,9 @@ def write_run_report(
         lead=", ".join(lead),
         alarms=list(alarms),
         accuracy=accuracy_rows(record),
-        pictures=[*curves(steps, epochs), *([gallery] if gallery else []), *matrix],
+        hint="" if set(record.get("accuracy", {})) - {"validation"} else NO_SHIFT,
+        pictures=[*trade_off(record, epochs), *curves(steps, epochs), *([gallery] if gallery else []), *matrix],
+        wrong=list(wrong),
         worst=worst,
         settings=[(name, _text(value)) for name, value in settings.items()],
     )
