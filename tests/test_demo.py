@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import queue
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cammask_fast.cli import build_parser
+from cammask_fast.commands.tiny_clip import next_commands
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
 from cammask_fast.data.datasets.texture_digits_splits import OOD_SETS
 from cammask_fast.demo import run as demo
@@ -86,3 +90,15 @@ def test_unwritable_output_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to"):
         demo.run_demo(tmp_path / "file" / "demo", seeds=(0,))
+
+
+def test_the_next_commands_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = next_commands(".venv/bin/cammask")
+    commands = [line for line in lines if line.startswith("    ")]
+    assert len(commands) == 3
+    for line in commands:
+        name, *words = shlex.split(line)
+        assert name == ".venv/bin/cammask"
+        build_parser().parse_args(words)
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/cammask")
+    assert next_commands("/usr/bin/cammask")[1].split()[0] == "cammask"

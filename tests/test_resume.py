@@ -52,6 +52,7 @@ def test_killed_five_times_and_the_same(photos: Path, runs: Runs, tmp_path: Path
         done = run(train(photos, whole, "--loader", loader), ranks=ranks)
         assert done.returncode == 0, done.stderr
     assert last_step(whole) == STEPS
+    assert (whole / "report.html").exists(), "the processes share the validation images, and the first writes"
     generator = random.Random(f"{ranks}{loader}")
     targets = sorted(generator.sample(range(1, STEPS - 4), 5))
     kinds = generator.sample(["step"] * 3 + ["write"] * 2, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -10,13 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from cammask_fast.cli import main
+from cammask_fast.commands.compare import told_apart
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES
 from cammask_fast.data.datasets.texture_digits_splits import evaluation_specifications, rendered
+from cammask_fast.evaluate import Predicted
 from cammask_fast.model.zero_shot import tiny_classifier
-from cammask_fast.viz.run_report import accuracy_rows, confusion, counterfactuals, read_log, write_run_report
+from cammask_fast.viz.run_report import (
+    accuracy_rows,
+    confusion,
+    counterfactuals,
+    read_log,
+    spread_over_classes,
+    thumbnail,
+    worst_images,
+    write_run_report,
+)
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -128,3 +141,30 @@ def test_runs_of_one_method_are_told_apart_and_mistakes_are_one_line(
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert message in error
+
+
+def test_the_gallery_takes_images_from_all_classes() -> None:
+    labels = torch.tensor([0] * 5 + [1] * 5 + [2] * 2)
+    assert spread_over_classes(labels, 6) == [0, 1, 5, 6, 10, 11]
+    assert spread_over_classes(labels, 4) == [0, 1, 5, 10]
+    assert spread_over_classes(labels[:3], 6) == [0, 1, 2]
+    assert spread_over_classes(torch.arange(100), 3) == [0, 50, 99], "from all over the list"
+    assert spread_over_classes(labels[:0], 3) == []
+
+
+def test_the_surest_mistakes_of_the_worst_classes_are_shown() -> None:
+    labels, guesses = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 0, 2, 1, 2])
+    predicted = Predicted(torch.arange(10, 16), labels, guesses, guesses, torch.tensor([0.9, 0.8, 0.5, 0.7, 0.9, 0.9]))
+    assert worst_images(predicted, ["a", "b", "c"]) == [
+        (13, "b, taken for c, 70 %"), (12, "b, taken for a, 50 %"), (11, "a, taken for b, 80 %"),
+    ]  # fmt: skip
+    small = thumbnail(torch.zeros(200, 300, 3, dtype=torch.uint8), "b")
+    assert Image.open(io.BytesIO(base64.b64decode(small.data.split(",")[1]))).size == (112, 75)
+
+
+def test_differences_are_told_apart_by_their_interval() -> None:
+    assert not told_apart([5.0])
+    assert not told_apart([1.0, 3.0])
+    assert told_apart([1.9, 2.0, 2.1])
+    assert told_apart([-1.9, -2.0, -2.1])
+    assert not told_apart([-1.0, 2.0, 0.5])
