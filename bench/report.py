@@ -249,6 +249,8 @@ def cpu_section(records: Records) -> str:
 
 def static_section(records: Records) -> str:
     """What the kernels need, by op and architecture, over all configurations of the static table; empty without one."""
+    from bench.kernels import prediction  # reads the rates of cards from a module that imports this one
+
     compiled = [r for r in records if "registers" in r and "promises" in r]
     rows = []
     for op, arch in dict.fromkeys((r["op"], r["arch"]) for r in compiled):
@@ -264,4 +266,10 @@ def static_section(records: Records) -> str:
     if not rows:
         return ""
     header = ["kernel", "for", "configurations", "registers", "bytes spilled", "shared, KiB", "occupancy"]
-    return f"Compiled with Triton {compiled[-1]['triton']}, not run:\n\n{markdown_table(header, rows)}"
+    predicted = (
+        "The relevance of ViT-B/16's full layers at batch 512 in bf16, predicted from the work of its launches, not measured"
+    )
+    return (
+        f"Compiled with Triton {compiled[-1]['triton']}, not run:\n\n{markdown_table(header, rows)}\n\n"
+        f"{predicted} (expected; if everything overlapped to if nothing did):\n\n{prediction.markdown()}"
+    )

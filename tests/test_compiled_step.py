@@ -151,10 +151,10 @@ def test_every_relevance_is_given_the_statistics_of_its_attention(name: str) -> 
     calls = [node for node in graph.graph.nodes if node.target is torch.ops.cammask.cls_relevance.default]
     assert len(calls) == TINY.layers - CONFIGS[name].cam_start_layer
     for call in calls:
-        lse, q = call.args[-1], call.args[1]
+        _, _, q, k, _, _, lse = call.args
         attention = lse.args[0]
         assert attention.target is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        assert attention.args[:2] == (q, call.args[2])
+        assert attention.args[:2] == (q, k)
         assert lse.meta["val"].shape == q.meta["val"].shape[:3]
 
 

@@ -29,10 +29,10 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _static() -> tuple[list[dict[str, Any]], str]:
-    from bench.kernels import static
+    from bench.kernels import prediction, static
 
     found = static.records()
-    return found, static.markdown(found)
+    return found, f"{static.markdown(found)}\n\n{prediction.markdown()}"
 
 
 def _cpu() -> tuple[list[dict[str, Any]], str]:

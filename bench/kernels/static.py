@@ -19,7 +19,13 @@ import triton
 from torch import Tensor
 
 from bench.kernels.aot import ARCHS, Compiled, compile_launch
-from cammask_fast.kernels.cls_relevance import plan_cls_relevance
+from cammask_fast.kernels.cls_relevance import (
+    SHARED,
+    _cls_relevance_row_fwd_kernel,
+    _cls_relevance_statistics_fwd_kernel,
+    needs_statistics,
+    plan_cls_relevance,
+)
 from cammask_fast.kernels.counterfactual_batch import plan_counterfactual_batch
 from cammask_fast.kernels.launch import Launch
 from cammask_fast.kernels.masked_fill import plan_masked_fill
@@ -49,7 +55,10 @@ MODELS = {
     "ViT-B/32": Arch(49, 32, 12),
     "ViT-B/16": Arch(196, 16, 12),
     "ViT-L/14": Arch(256, 14, 16),
+    "ViT-L/14-336": Arch(576, 14, 16),
 }
+RELEVANCE_ONLY = ("one-head", "ViT-L/14-336")
+"""Shapes that only the relevance is compiled for."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IMAGE = 224
 
@@ -83,10 +92,13 @@ def plan(op: str, configuration: str) -> list[Launch]:
         q, k, v = (part.unflatten(-1, (arch.heads, width)).transpose(1, 2) for part in packed.chunk(3, -1))
         grad_out = meta(BATCH, arch.length, arch.heads, width, dtype=dtype).transpose(1, 2)
         rows = slice(0, 1 if "last" in options else arch.length)
-        relevance, partial = meta(BATCH, arch.length), meta(BATCH, arch.heads, arch.length)
-        lse = meta(BATCH, arch.heads, arch.length) if "lse" in options else None
-        scratch = None if "last" in options or lse is not None else meta(2, BATCH, arch.heads, arch.length)
-        return plan_cls_relevance(relevance, partial, scratch, relevance, q[:, :, rows], k, v, grad_out[:, :, rows], lse)
+        q, grad_out = q[:, :, rows], grad_out[:, :, rows]
+        relevance, added = meta(BATCH, arch.length), meta(BATCH, arch.heads, arch.length)
+        lse = meta(*q.shape[:3]) if "lse" in options else None
+        shared = 0 if "tiles" in options else SHARED
+        scratch = meta(2, *k.shape[:3]) if needs_statistics(q, k, lse, shared) else None
+        above = None if "last" in options else added
+        return plan_cls_relevance(relevance, added, scratch, relevance, above, q, k, v, grad_out, lse, shared=shared)
     relevance = meta(BATCH, arch.patches)
     top_k = _top_k(options, arch.patches)
     if op == "patch_select":
@@ -130,20 +142,12 @@ def cases() -> list[Case]:
     object and context masks, as its record says. patch_select is compiled for each."""
     found = []
     for model, arch in MODELS.items():
-        if model == "one-head":
+        if model in RELEVANCE_ONLY:
             continue
         wide = "wide" if arch.patch_size % 16 == 0 else ""
         for dtype in DTYPES:
-            dots = "" if dtype == "fp32" else "matrix"
-            found += [Case("cls_relevance", f"{model} {dtype} statistics", 0, dots)]
-            found += [
-                Case("cls_relevance", f"{model} {dtype} layer", 1, dots),
-                Case("cls_relevance", f"{model} {dtype} last", 0, ""),
-            ]
-            if model == "ViT-B/16":
-                found += [Case("cls_relevance", f"{model} {dtype} lse layer", 0, dots)]
-                found += [Case("cls_relevance", f"{model} {dtype} d32 layer", 1, dots)]
-                found += [Case("cls_relevance", f"{model} {dtype} d32 statistics", 0, dots)]
+            names = ("layer",) if dtype == "fp16" else ("layer", "lse layer", "last")
+            found += [case for name in names for case in _relevance(model, dtype, name)]
             found += [Case("normalise", f"{model} {dtype} {layout}", 0, wide) for layout in ("nchw", "patches")]
             found += [Case("masked_fill", f"{model} {dtype} single patches", 0, wide)]
             found += [
@@ -161,10 +165,21 @@ def cases() -> list[Case]:
             for select in ("threshold", "top-k", "top-1", "top-all")
             for masked in ("", " context")
         ]
-        found += [Case("cls_relevance", f"{model} fp32 heads", 2, "")]
-    for launch in range(3):  # a single head: Triton makes 1 a constant
-        found.append(Case("cls_relevance", f"one-head fp32 {('statistics', 'layer', 'heads')[launch]}", launch, ""))
+    found += _relevance("ViT-B/16", "fp32", "d32 layer")
+    for name in ("d32 layer", "d32 lse layer", "lse last", "tiles layer", "tiles lse layer"):  # tiles: little shared memory
+        found += _relevance("ViT-B/16", "bf16", name)
+    for name in ("layer", "lse layer"):
+        found += _relevance("ViT-L/14-336", "bf16", name)
+    for configuration in ("bf16 layer", "fp32 layer", "fp32 last"):  # Triton makes a constant of a single head
+        found += _relevance("one-head", *configuration.split())
     return found
+
+
+def _relevance(model: str, dtype: str, name: str) -> list[Case]:
+    """The launches of one layer."""
+    dots = "" if dtype == "fp32" or "last" in name else "matrix"
+    configuration = f"{model} {dtype} {name}"
+    return [Case("cls_relevance", configuration, at, dots) for at in range(len(plan("cls_relevance", configuration)))]
 
 
 def bytes_moved(case: Case) -> tuple[int, int]:
@@ -183,17 +198,27 @@ def bytes_moved(case: Case) -> tuple[int, int]:
     if case.op in ("normalise", "masked_fill", "counterfactual_batch"):
         floor = pixels * ((4 if "float" in options else 1) + item)
         return floor, floor  # each pixel is loaded once; maps, masks and donors are a thousandth of it
-    width = 32 if "d32" in options else 64
-    matrix, row = BATCH * arch.heads * arch.length * width * item, BATCH * arch.heads * arch.length * 4
-    launch = plan(case.op, case.configuration)[case.launch]
-    if "heads" in options:
-        return row + 2 * BATCH * arch.length * 4, row + 2 * BATCH * arch.length * 4
-    if "last" in options:
-        return 3 * matrix + row, 2 * matrix + row
-    tiles = launch.grid[0] // (BATCH * arch.heads)
-    if "statistics" in options:
-        return matrix + tiles * matrix + 2 * row, 2 * matrix + 2 * row
-    return 2 * matrix + tiles * (2 * matrix + 2 * row) + row, 4 * matrix + 3 * row
+    return relevance_bytes(plan(case.op, case.configuration)[case.launch])
+
+
+def relevance_bytes(launch: Launch) -> tuple[int, int]:
+    """(moved, floor) of one launch of the relevance."""
+    given = launch.arguments
+    k = given["k_ptr"]
+    programs = launch.grid[0]
+    count, heads, length, _ = k.shape
+    matrix, row, r = k.numel() * k.itemsize, count * heads * length * 4, count * length * 4
+    if launch.kernel is _cls_relevance_statistics_fwd_kernel:
+        return matrix + programs // (count * heads) * matrix + 2 * row, 2 * matrix + 2 * row
+    above = row if given["HAS_ADDED"] else 0
+    if launch.kernel is _cls_relevance_row_fwd_kernel:
+        again = 0 if given["HAS_LSE"] else matrix
+        return 2 * matrix + again + above + row + 2 * r, 2 * matrix + above + row + 2 * r
+    tiles = programs // (count * heads)
+    statistics = {"lse": row, "scratch": 2 * row, "inside": 0}[given["STATISTICS"]]
+    of_every_program = heads * tiles * (above + r)  # each averages the heads of the layer above
+    moved = 2 * matrix + tiles * (2 * matrix + statistics) + of_every_program + row + r
+    return moved, 4 * matrix + statistics + above + row + 2 * r
 
 
 def _measure(job: tuple[Case, int]) -> Compiled:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cammask_fast.config import Cam
-from cammask_fast.kernels.cls_relevance import cls_relevance
+from cammask_fast.kernels.cls_relevance import averaged, cls_relevance_layer
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.vit import Taps
@@ -76,9 +76,10 @@ def cls_rollout(taps: Taps, gradients: Sequence[Tensor]) -> Tensor:
     relevance = F.pad(torch.ones(len(keys), 1, dtype=dtype, device=keys.device), (0, keys.shape[2] - 1))  # e_CLS
     logsumexps = taps.logsumexps or [None] * len(taps.keys)
     layers = zip(taps.queries[::-1], taps.keys[::-1], taps.values[::-1], logsumexps[::-1], gradients[::-1], strict=False)
+    added = None
     for q, k, v, lse, gradient in layers:  # from the last
-        relevance = cls_relevance(relevance, q, k, v, gradient, lse=lse)
-    return relevance[:, 1:]
+        relevance, added = cls_relevance_layer(relevance, added, q, k, v, gradient, lse=lse)
+    return averaged(relevance, added)[:, 1:]
 
 
 def grad_cam(logits: Tensor, labels: Tensor, taps: Taps) -> Tensor:

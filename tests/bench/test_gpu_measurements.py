@@ -212,38 +212,41 @@ def tile_record(tiles_: tuple[int, ...], arch: str, seconds: float | None) -> di
 
 
 def test_the_sweeps_winner_goes_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, even, broken, lost = (64, 32, 4, 2), (32, 64, 8, 2), (128, 64, 4, 3), (64, 64, 4, 2)
+    fast, even, broken, lost, small = (256, 32, 4, 2), (256, 64, 8, 2), (256, 64, 4, 3), (256, 64, 4, 2), (64, 64, 4, 2)
     records = [
         tile_record(fast, "B", 1.0), tile_record(fast, "L", 9.0), tile_record(even, "B", 1.1), tile_record(even, "L", 3.0),
         tile_record(broken, "B", 0.1), tile_record(broken, "B", 0.5), tile_record(broken, "L", None),
-        tile_record(lost, "B", 0.5), tile_record(lost, "L", 3.0), tile_record(lost, "L", None), {"op": "device"},
+        tile_record(lost, "B", 0.5), tile_record(lost, "L", 3.0), tile_record(lost, "L", None),
+        tile_record(small, "S", 1e-3), {"op": "device"},
     ]  # fmt: skip
-    assert tiles.winner(records) == Tiles(*even)
-    assert tiles.scores(records)[Tiles(*even)] == pytest.approx((1.1 / 0.5 + 1) / 2)
-    assert Tiles(*broken) not in tiles.scores(records)
-    assert Tiles(*lost) not in tiles.scores(records), "the last record of a case counts"
+    assert tiles.winners(records) == [Tiles(*even), Tiles(*small)]
+    scores = tiles.scores(records, 256)
+    assert scores[Tiles(*even)] == pytest.approx((1.1 / 0.5 + 1) / 2)
+    assert Tiles(*broken) not in scores
+    assert Tiles(*lost) not in scores, "the last record of a case counts"
     source = Path(str(cls_relevance.__file__)).read_text()
-    text = tiles.rewritten(source, Tiles(1, 2, 3, 4))
+    text = tiles.rewritten(source, Tiles(256, 2, 3, 4))
     changed = [(a, b) for a, b in zip(source.splitlines(), text.splitlines(), strict=True) if a != b]
-    assert changed == [("    (2, 64): Tiles(64, 32, 4, 2),", "    (2, 64): Tiles(1, 2, 3, 4),")]
+    assert changed == [("    256: Tiles(256, 32, 8, 2),", "    256: Tiles(256, 2, 3, 4),")]
     with pytest.raises(ValueError, match="expected one row"):
-        tiles.rewritten("nothing", Tiles(1, 2, 3, 4))
+        tiles.rewritten("nothing", Tiles(256, 2, 3, 4))
     with pytest.raises(ValueError, match="no tiles ran"):
-        tiles.winner(records[-1:])
+        tiles.winners(records[-1:])
     copy = tmp_path / "kernel.py"
     copy.write_text(source)
     (tmp_path / "kernels.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     monkeypatch.setattr(cls_relevance, "__file__", str(copy))
     monkeypatch.setattr(sys, "argv", ["tiles", str(tmp_path), "--write"])
     tiles.main()
-    assert "(2, 64): Tiles(32, 64, 8, 2)," in copy.read_text()
+    assert "    256: Tiles(256, 64, 8, 2)," in copy.read_text()
+    assert "    64: Tiles(64, 64, 4, 2)," in copy.read_text()
 
 
 def test_the_sweep_tries_every_tile_and_restores_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, seen = cls_relevance.TILES[tiles.KEY], []
+    before, seen = cls_relevance.ALL_KEYS[256], []
 
     def ours(*_: object) -> tuple[torch.Tensor, ...]:
-        seen.append(cls_relevance.TILES[tiles.KEY])
+        seen.append(cls_relevance.ALL_KEYS[256])
         if seen[-1].num_warps == 8:
             raise RuntimeError("out of resource: shared memory")
         return (torch.full((8,), 2.0 if seen[-1].num_stages == 3 else 1.0),)
@@ -256,14 +259,15 @@ def test_the_sweep_tries_every_tile_and_restores_the_table(monkeypatch: pytest.M
     monkeypatch.setattr(tiles, "build", lambda *_: work)
     monkeypatch.setattr(tiles, "cuda_meter", lambda: meter)
     monkeypatch.setattr(tiles, "set_backend", lambda _: "auto")
-    found = list(tiles.sweep(block_keys=64))
-    assert [tuple(r["tiles"]) for r in found] == 3 * [tuple(tile) for tile in tiles.candidates(64)]
+    found = list(tiles.sweep(block_keys=256))
+    assert [tuple(r["tiles"]) for r in found] == 2 * [tuple(tile) for tile in tiles.candidates(256)]
     for record in found:
         _, _, warps, stages = record["tiles"]
         assert ("unavailable" in record) == (warps == 8)
         assert ("error" in record) == (stages == 3), "wrong outputs are not timed"
-    assert cls_relevance.TILES[tiles.KEY] == before == Tiles(*found[0]["now"])
-    assert before in tiles.candidates(64), "the present tiles are among those that are swept"
+    assert cls_relevance.ALL_KEYS[256] == before == Tiles(*found[0]["now"])
+    for keys in tiles.KEYS:
+        assert cls_relevance.ALL_KEYS[keys] in tiles.candidates(keys), "the present tiles are among those that are swept"
 
 
 @pytest.mark.slow

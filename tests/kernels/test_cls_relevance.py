@@ -15,8 +15,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from cammask_fast.kernels.backend import INTERPRETED
+from cammask_fast.kernels.cls_relevance import (
+    ALL_KEYS,
+    SHARED,
+    all_keys,
+    averaged,
+    cls_relevance_ineligible,
+    cls_relevance_layer,
+    needs_statistics,
+    plan_cls_relevance,
+)
 from cammask_fast.kernels.cls_relevance import cls_relevance as kernel_cls_relevance
-from cammask_fast.kernels.cls_relevance import cls_relevance_ineligible, plan_cls_relevance
 from cammask_fast.kernels.launch import Launch
 from cammask_fast.kernels.reference import cls_relevance
 
@@ -150,6 +159,10 @@ def test_mismatched_shapes_name_the_argument(name: str, shapes: list[tuple[int, 
 
 def test_other_arguments_that_do_not_fit_are_named() -> None:
     r, x = torch.zeros(2, 9), torch.zeros(2, 3, 9, 32)
+    with pytest.raises(
+        ValueError, match=r"^added: expected torch.float32 \(2, 3, 9\) on cpu, got torch.float32 \(2, 2, 9\) on cpu"
+    ):
+        cls_relevance_layer(r, torch.zeros(2, 2, 9), x, x, x, x)
     for name, arguments in {
         "k": (r, x, x[0], x, x),
         "relevance": (r.half(), x, x, x, x),
@@ -217,22 +230,64 @@ def check_kernel(inputs: tuple[Tensor, ...], device: torch.device) -> None:
     gold = cls_relevance(*(x.double() for x in inputs))
     moved = tuple(x.to(device) for x in inputs)
     for lse in (None, statistics(inputs[1], inputs[2]).to(device)):
+        pytorch = in_orders(moved, lse)
         ours = kernel_cls_relevance(*moved, lse=lse)
         assert ours.dtype == torch.float32
         assert ours.shape == gold.shape
-        assert_twice_as_good(ours, in_orders(moved, lse), gold)
+        assert_twice_as_good(ours, pytorch, gold)
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
-    ("count", "heads", "length", "width"), [(1, 2, 50, 64), (3, 1, 65, 32), (1, 1, 197, 64), (1, 1, 257, 64)]
+    ("count", "heads", "length", "width"),
+    [(1, 2, 50, 64), (3, 1, 65, 32), (1, 2, 100, 32), (1, 1, 129, 64), (1, 1, 197, 64), (1, 1, 257, 64)],
 )
 def test_kernel_is_as_exact_as_pytorch(
     triton_backend: torch.device, dtype: torch.dtype, last: bool, count: int, heads: int, length: int, width: int
 ) -> None:
     check_kernel(layer(count, heads, length, width, dtype=dtype, last=last), triton_backend)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("length", "heads", "dtype"), [(18, 3, torch.float32), (65, 3, torch.float16)], ids=str)
+def test_layers_in_a_row_average_the_heads_on_the_way(
+    triton_backend: torch.device, length: int, heads: int, dtype: torch.dtype
+) -> None:
+    """In the programs of the next layer, for 3 heads in a block of 4; also in a layer of one query."""
+    tops = [layer(1, heads, length, 32, dtype=dtype, last=last, seed=seed) for seed, last in enumerate((True, False, True))]
+    tops = [tuple(x.to(triton_backend) for x in inputs) for inputs in tops]
+    row, averages = tops[0][0], [tops[0][0]]
+    added: Tensor | None = None
+    for _, *layer_inputs in tops:
+        before = averaged(row, added)
+        row, added = cls_relevance_layer(row, added, *layer_inputs)
+        assert added.shape == (1, heads, length)
+        torch.testing.assert_close(row, before, rtol=1e-6, atol=0)
+        averages.append(kernel_cls_relevance(averages[-1], *layer_inputs))
+        torch.testing.assert_close(averaged(row, added), averages[-1], rtol=1e-5, atol=0)
+    assert added is not None
+    strided = torch.stack([added, added], -1)[..., 0]
+    assert torch.equal(cls_relevance_layer(row, strided, *tops[1][1:])[1], cls_relevance_layer(row, added, *tops[1][1:])[1])
+
+
+def test_plain_layers_in_a_row_are_the_rollout() -> None:
+    layers = attention_inputs(2, 2, 10, 4, layers=3)
+    row, added = torch.eye(10, dtype=torch.float64)[:1].repeat(2, 1), None
+    for inputs in reversed(layers):
+        row, added = cls_relevance_layer(row, added, *inputs)
+    torch.testing.assert_close(averaged(row, added), rollout(layers), rtol=1e-12, atol=1e-12)
+    given = torch.rand(2, 2, 10, dtype=torch.float64)
+    out = averaged(*cls_relevance_layer(row, given, *layers[0]))
+    torch.testing.assert_close(out, cls_relevance(row + given.mean(1), *layers[0]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.triton
+def test_programs_with_some_of_the_keys(triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where shared memory is small, 16-bit inputs go the way of float32."""
+    monkeypatch.setattr("cammask_fast.kernels.cls_relevance._shared_memory", lambda _: 16 * 1024)
+    check_kernel(layer(1, 2, 100, 64, dtype=torch.float16), triton_backend)
 
 
 @pytest.mark.triton
@@ -260,10 +315,15 @@ def test_kernel_at_any_shape(
 
 @pytest.mark.triton
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("scale", [1e-6, 30.0, 1e4])
-def test_kernel_on_tiny_and_confident_and_huge_scores(triton_backend: torch.device, scale: float, last: bool) -> None:
-    inputs = layer(2, 1, 50, 64, dtype=torch.float32, last=last, scale=scale)
-    check_kernel(inputs, triton_backend)
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(1e-6, torch.float32), (30.0, torch.float32), (1e4, torch.float32), (1e-6, torch.float16), (300.0, torch.float16)],
+    ids=str,
+)
+def test_kernel_on_tiny_and_confident_and_huge_scores(
+    triton_backend: torch.device, scale: float, last: bool, dtype: torch.dtype
+) -> None:
+    check_kernel(layer(2, 1, 50, 64, dtype=dtype, last=last, scale=scale), triton_backend)
 
 
 @pytest.mark.triton
@@ -300,10 +360,9 @@ def test_kernel_on_zero_relevance_zero_gradients_and_the_top_row(triton_backend:
 @pytest.mark.triton
 @pytest.mark.parametrize("argument", ["q", "k", "v", "grad_out", "relevance"])
 @pytest.mark.parametrize("last", [False, True])
-def test_a_nan_reaches_the_output(triton_backend: torch.device, argument: str, last: bool) -> None:
-    inputs = dict(
-        zip(("relevance", "q", "k", "v", "grad_out"), layer(2, 1, 50, 32, dtype=torch.float32, last=last), strict=True)
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_nan_reaches_the_output(triton_backend: torch.device, argument: str, last: bool, dtype: torch.dtype) -> None:
+    inputs = dict(zip(("relevance", "q", "k", "v", "grad_out"), layer(2, 1, 50, 32, dtype=dtype, last=last), strict=True))
     inputs = {name: value.clone().to(triton_backend) for name, value in inputs.items()}
     inputs[argument][1][..., 0] = math.nan
     out = kernel_cls_relevance(**inputs)
@@ -327,28 +386,64 @@ def test_equal_inputs_give_equal_bits(triton_backend: torch.device) -> None:
     assert torch.equal(kernel_cls_relevance(*inputs), kernel_cls_relevance(*inputs))
 
 
-def planned(rows: int, *, has_lse: bool, width: int = 64, dtype: torch.dtype = torch.float32) -> list[Launch]:
-    x = torch.empty(2, 3, 50, width, dtype=dtype, device="meta")
-    r, partial = torch.empty(2, 50, device="meta"), torch.empty(2, 3, 50, device="meta")
-    scratch = None if has_lse or rows == 1 else torch.empty(2, 2, 3, 50, device="meta")
-    lse = torch.empty(2, 3, rows, device="meta") if has_lse else None
-    return plan_cls_relevance(r, partial, scratch, r, x[:, :, :rows], x, x, x[:, :, :rows], lse)
+def planned(
+    length: int,
+    *,
+    has_lse: bool,
+    last: bool = False,
+    width: int = 64,
+    dtype: torch.dtype = torch.float32,
+    shared: int = SHARED,
+) -> list[Launch]:
+    x = torch.empty(2, 3, length, width, dtype=dtype, device="meta")
+    q = x[:, :, :1] if last else x
+    r, added = torch.empty(2, length, device="meta"), torch.empty(2, 3, length, device="meta")
+    lse = torch.empty(q.shape[:3], device="meta") if has_lse else None
+    scratch = torch.empty(2, *x.shape[:3], device="meta") if needs_statistics(q, x, lse, shared) else None
+    return plan_cls_relevance(r, added, scratch, r, added, q, x, x, q, lse, shared=shared)
 
 
-def test_launches() -> None:
-    def launches(rows: int, *, has_lse: bool) -> list[str]:
-        plan = planned(rows, has_lse=has_lse)
-        return [launch.kernel.__name__.removeprefix("_cls_relevance_").removesuffix("fwd_kernel") for launch in plan]
+def launches(length: int, **options: Any) -> list[str]:
+    plan = planned(length, **options)
+    names = [launch.kernel.__name__.removeprefix("_cls_relevance_").removesuffix("fwd_kernel") for launch in plan]
+    return [name + launch.arguments.get("STATISTICS", "") for name, launch in zip(names, plan, strict=True)]
 
-    assert launches(50, has_lse=False) == ["statistics_", "", "heads_"]
-    assert launches(50, has_lse=True) == ["", "heads_"]
-    assert launches(1, has_lse=False) == launches(1, has_lse=True) == ["row_", "heads_"]
+
+def test_a_layer_is_one_launch_unless_statistics_come_first() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in (50, 197, 257, 577):
+            assert launches(length, has_lse=True, dtype=dtype) == ["lse"]
+            for has_lse in (False, True):
+                assert launches(length, has_lse=has_lse, last=True, dtype=dtype) == ["row_"]
+    for length in (50, 197, 257):
+        assert launches(length, has_lse=False, dtype=torch.bfloat16) == ["inside"]
+    for options in ({"length": 50}, {"length": 577, "dtype": torch.bfloat16}, {"length": 258, "dtype": torch.float16}):
+        assert launches(**options, has_lse=False) == ["statistics_", "scratch"]
+
+
+def test_a_program_has_all_keys_where_its_shared_memory_holds_them() -> None:
+    """64 KiB, as on Turing, hold those of ViT-B/32, or of narrow heads."""
+    turing = 64 * 1024
+    assert launches(197, has_lse=False, dtype=torch.bfloat16, shared=turing) == ["statistics_", "scratch"]
+    assert launches(50, has_lse=False, dtype=torch.bfloat16, shared=turing) == ["inside"]
+    assert launches(197, has_lse=False, dtype=torch.bfloat16, width=32, shared=turing) == ["inside"]
+    for length in range(2, 258):
+        tiles, apart = all_keys(length, 64, 2) or pytest.fail(f"{length} tokens")
+        assert tiles.block_keys + apart >= length
+        assert tiles.block_keys == 64 or tiles.block_keys // 2 + apart < length
+        assert tiles in ALL_KEYS.values()
+    assert [length for length in range(2, 300) if (all_keys(length, 64, 2) or (None, False))[1]] == [65, 129, 257]
+    assert all_keys(258, 64, 2) is all_keys(197, 64, 4) is None
+    (launch,) = planned(257, has_lse=True, dtype=torch.bfloat16)
+    assert launch.grid == (2 * 3,)
+    assert launch.arguments["CLS_APART"] == 1
+    assert launch.arguments["BLOCK_K"] == 256
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [32, 64])
 def test_both_passes_round_a_score_in_the_same_tile(width: int, dtype: torch.dtype) -> None:
-    statistics_launch, layer_launch, _ = planned(50, has_lse=False, width=width, dtype=dtype)
+    statistics_launch, layer_launch = planned(577, has_lse=False, width=width, dtype=dtype)
     for name in ("BLOCK_Q", "BLOCK_K", "HEAD_DIM", "PRECISION"):
         assert statistics_launch.arguments[name] == layer_launch.arguments[name], name
     assert statistics_launch.options == layer_launch.options
@@ -358,10 +453,10 @@ def test_both_passes_round_a_score_in_the_same_tile(width: int, dtype: torch.dty
 def test_the_op_is_registered_as_torch_wants_it(last: bool) -> None:
     inputs = layer(2, 2, 9, 32, dtype=torch.float32, last=last)
     op = torch.ops.cammask.cls_relevance.default
-    torch.library.opcheck(op, (*inputs, None))
-    transposed = torch.rand(9, 2).T
-    torch.library.opcheck(op, (transposed, *inputs[1:], None))
-    torch.library.opcheck(op, (*inputs, statistics(inputs[1], inputs[2])))
+    relevance, *heads = inputs
+    torch.library.opcheck(op, (relevance, None, *heads, None))
+    torch.library.opcheck(op, (torch.rand(9, 2).T, torch.rand(2, 2, 9), *heads, None))
+    torch.library.opcheck(op, (relevance, torch.rand(9, 2, 2).T, *heads, statistics(*heads[:2])))
 
 
 def test_compiles_once_for_every_batch_size() -> None:
@@ -380,7 +475,7 @@ def test_compiles_once_for_every_batch_size() -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_counted_work_is_the_references_plus_the_row_statistics(last: bool) -> None:
+def test_counted_work_is_the_references_plus_statistics_of_their_own(last: bool) -> None:
     inputs = layer(2, 3, 9, 32, dtype=torch.float32, last=last)
     lse = statistics(inputs[1], inputs[2])
 
@@ -392,8 +487,9 @@ def test_counted_work_is_the_references_plus_the_row_statistics(last: bool) -> N
     reference = counted(cls_relevance)
     assert reference > 0
     assert counted(kernel_cls_relevance, lse=lse) == counted(cls_relevance, lse=lse) == reference
-    scores = 2 * 2 * 3 * (1 if last else 9) * 9 * 32
-    assert counted(kernel_cls_relevance) == reference + scores
+    assert counted(kernel_cls_relevance) == reference
+    inputs = layer(1, 2, 258, 32, dtype=torch.float32, last=last)
+    assert counted(kernel_cls_relevance) == counted(cls_relevance) + (0 if last else 2 * 2 * 258 * 258 * 32)
 
 
 def test_statistics_at_hand_change_only_the_rounding() -> None:
