@@ -233,6 +233,9 @@ def compiled_or_eager_step(
         processes: as for `build_train_step`.
         backend: as for `build_train_step`.
 
+    Returns:
+        A function of the micro-batches and their random numbers.
+
     Raises:
         ValueError: as `build_train_step`, at once; and in the first step, when a mode that was asked for cannot be compiled.
     """

@@ -64,7 +64,16 @@ def extension_of(args: Options, chosen: Chosen, out: Path) -> tuple[Options, Cho
     `--epochs` counts all epochs. What the run began with (its teacher, its classes) stays; other settings may differ, as with
     `--init`.
 
-    Raises ValueError where nothing can be extended, or no epochs are left.
+    Args:
+        args: options of the command line.
+        chosen: settings that were given.
+        out: folder of the run.
+
+    Returns:
+        Options and settings of the extension.
+
+    Raises:
+        ValueError: nothing can be extended, or no epochs are left.
     """
     before, wanted = parts(out), int(chosen.given.get("epochs", 0))
     if not before:
@@ -76,7 +85,16 @@ def extension_of(args: Options, chosen: Chosen, out: Path) -> tuple[Options, Cho
 
 
 def refuse_too_few(out: Path, done: int, wanted: int) -> None:
-    """Raise ValueError where an extension has no epochs. wanted: `--epochs`, 0 where it was not given."""
+    """Refuse an extension without epochs.
+
+    Args:
+        out: folder of the run, for the message.
+        done: epochs of the finished run.
+        wanted: `--epochs`, 0 where it was not given.
+
+    Raises:
+        ValueError: there is nothing left to train.
+    """
     if wanted <= done:
         raise ValueError(f"--extend: the run in {out} has {done} epochs: give the number in all, above that, as --epochs")
 
@@ -84,7 +102,15 @@ def refuse_too_few(out: Path, done: int, wanted: int) -> None:
 def prepare(args: Options, out: Path, chosen: Chosen, *, complete: bool, is_main_process: bool) -> None:
     """Refuse what cannot be extended, and set a finished run aside, which rank 0 does.
 
-    Raises ValueError for options that do not go together, and see `set_aside`.
+    Args:
+        args: options of the command line.
+        out: folder of the run.
+        chosen: settings that were given.
+        complete: whether the run has finished.
+        is_main_process: whether this is rank 0.
+
+    Raises:
+        ValueError: options that do not go together, or a run that cannot be set aside.
     """
     if args["overwrite"]:
         raise ValueError("--extend and --overwrite: give one of them")
