@@ -188,9 +188,9 @@ def runs_section(records: Records) -> str:
         sections.append(
             "Memory of long runs on photographs of many sizes, resident in the process that trains and in those that read for "
             f"it (`cammask bench growth --method {last['method']}`, {last['cpu']}, {last['cores']} cores, commit "
-            f"{last['commit']}). Growth is the largest of all later thousands of steps against the first after 2 000, of what "
-            f"is resident or of what is allocated, whichever is larger; {growth.MOST:.0%} are allowed.\n\n"
-            + growth.table(long_runs)
+            f"{last['commit']}). Growth is the largest of all later thousands of steps against the first after 2 000; of what "
+            f"is resident {growth.MOST:.0%} are allowed. Of what is allocated, pages that processes share count once until one "
+            "writes to them, so that it may rise once where what is resident does not.\n\n" + growth.table(long_runs)
         )
     for record in (r for r in records if r.get("op") == "checkpoint"):
         where = record.get("gpu") or f"{record['cpu']}, {record['cores']} cores"

@@ -43,13 +43,16 @@ def test_a_single_high_reading_and_the_report_at_the_end_do_not_count() -> None:
 def test_the_page_shows_the_last_record_of_each_loader() -> None:
     record = {
         "op": "growth", "loader": "dali", "method": "ft", "workers": 1, "batch": 2, "steps": 20000, "settled_mb": 900.0,
-        "resident_mb": [900.0, 901.0], "growth": 0.0011, "cpu": "a CPU", "cores": 2, "commit": "abc",
+        "resident_mb": [900.0, 901.0], "allocated_mb": [500.0, 600.0, 550.0], "growth": 0.2,
+        "cpu": "a CPU", "cores": 2, "commit": "abc",
     }  # fmt: skip
-    shown = runs_section([record | {"growth": 0.5}, record, record | {"loader": "torch", "growth": -0.001}])
+    other = record | {"loader": "torch", "resident_mb": [900.0]}
+    shown = runs_section([record | {"steps": 99}, record, other])
     assert shown.count("| dali ") == shown.count("| torch ") == 1
-    assert "+0.1%" in shown
-    assert "-0.1%" in shown
-    assert "50.0%" not in shown
+    assert shown.count("| +0.1% ") == 1
+    assert shown.count("| +0.0% ") == 1
+    assert shown.count("| +20.0% ") == 2
+    assert "| 99 " not in shown
     assert "`cammask bench growth --method ft`, a CPU, 2 cores, commit abc" in shown
 
 
