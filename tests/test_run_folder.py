@@ -139,6 +139,8 @@ def test_a_recipe_holds_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_recipe(tmp_path, config, {"data": "caf\udce9"}, arch="tiny", pretrained="", resolved={}, remarks=[])
     assert "is not UTF-8: give it as --data" in (tmp_path / "recipe.toml").read_text()
     assert "data" not in open_recipe("recipe.toml")["options"]
+    (tmp_path / "by-hand.toml").write_text("[options]\nstrict = false\naugment = []\nworkers = 0\n")
+    assert option_words("by-hand.toml") == ["--workers=0"]
 
 
 @pytest.mark.parametrize(
