@@ -230,7 +230,7 @@ def history_table(records: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             r["note"] or "-", str(r["triton_launches"] + r["custom_launches"]), f"{r['triton_gb']:.1f} + {r['custom_gb']:.1f}",
-            f"{r['peak_gb']:.2f}", f"{r['tflop']:.2f}", str(r["fp64_optimizer"]), str(r["spills"]),
+            f"{r['peak_gb']:.2f}", f"{r['tflop']:.2f}", _or_dash(r["fp64_optimizer"]), _or_dash(r["spills"]),
             f"{predict(r, CARDS['h100'])['step_ms']:.1f}", r["commit"],
         ]
         for r in records
@@ -240,12 +240,18 @@ def history_table(records: Sequence[Mapping[str, Any]]) -> str:
     return f"{most}:\n\n{markdown_table([*header, 'H100, predicted ms', 'commit'], rows)}"
 
 
+def _or_dash(found: int | None) -> str:
+    """A count of the compiled kernels, `-` where none was compiled."""
+    return "-" if found is None else str(found)
+
+
 def kinds_table(records: Sequence[Mapping[str, Any]]) -> str:
     """First and last record of that step by kind of kernel."""
     most, _ = Counter(_name(r) for r in records).most_common(1)[0]
     first, last = ([r for r in records if _name(r) == most][at] for at in (0, -1))
     rows = []
-    for kind, _ in _by_bytes(first["kinds"]):
+    found = [kind for kind in KINDS if any(r["kinds"][kind]["launches"] for r in (first, last))]
+    for kind in sorted(found, key=lambda kind: -first["kinds"][kind]["gb"]):
         cells = [f"{r['kinds'][kind]['gb']:.1f} ({r['kinds'][kind]['launches']})" for r in (first, last)]
         rows.append([KINDS[kind], *cells])
     return f"{most}:\n\n{markdown_table(['Triton kernels of', 'first, GB (launches)', 'now'], rows)}"
