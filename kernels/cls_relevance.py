@@ -51,7 +51,7 @@ TILES = {
     (2, 64): Tiles(64, 32, 4, 2),
     (2, 32): Tiles(64, 32, 4, 2),
     (4, 64): Tiles(32, 32, 4, 1),
-    (4, 32): Tiles(32, 16, 4, 1),
+    (4, 32): Tiles(32, 16, 8, 1),
 }
 """Chosen by counted padding, registers and shared memory (see `cammask bench kernels --static`); not yet swept on a GPU."""
 
@@ -153,12 +153,13 @@ def _cls_relevance_fwd_kernel(
     stride_lse_n, stride_lse_head, stride_lse_l,
     heads, length, scale,
     STATISTICS: tl.constexpr, HAS_ADDED: tl.constexpr, CLS_APART: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """sum over queries i of r_i P_ij relu(dP_ij) for BLOCK_K keys j of one head; tiles are transposed, (keys, queries).
 
     STATISTICS: `lse` (given), `scratch` (m and log_l of the launch before) or `inside` (the tile has all keys). CLS_APART: key
-    0 is a vector beside the tile. The first program of an image stores the r that all of them have summed."""
+    0 is a vector beside the tile. The first program of an image stores the r that all of them have summed.
+    FLOAT32: its products take the registers that r would wait in; for 16 bits r waits, or shared memory grows by a third."""
     tiles = tl.cdiv(length - CLS_APART, BLOCK_K)
     image = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
@@ -182,20 +183,26 @@ def _cls_relevance_fwd_kernel(
         added_base += image * heads * length
     scale = tl.full((), scale, tl.float32)
     total = tl.zeros((BLOCK_K,), tl.float32)
-    if (head == 0) & (tile == 0):
-        for start in range(0, length, BLOCK_Q):
-            tokens = start + tl.arange(0, BLOCK_Q)
-            r_in = _load_relevance(
-                relevance_base, stride_relevance_l, added_base, tokens, heads, length, HAS_ADDED, BLOCK_HEADS
-            )
-            tl.store(out_ptr + image * length + tokens, r_in, mask=tokens < length)
+    if FLOAT32:  # noqa: SIM102  (a constant: the branch is compiled or not)
+        if (head == 0) & (tile == 0):
+            for start in range(0, length, BLOCK_Q):
+                tokens = start + tl.arange(0, BLOCK_Q)
+                r_in = _load_relevance(
+                    relevance_base, stride_relevance_l, added_base, tokens, heads, length, HAS_ADDED, BLOCK_HEADS
+                )
+                tl.store(out_ptr + image * length + tokens, r_in, mask=tokens < length)
     for start in range(0, length, BLOCK_Q):
         queries = start + tl.arange(0, BLOCK_Q)
         q = _load_rows(q_base, stride_q_l, queries, length, HEAD_DIM)
         grad = _load_rows(grad_base, stride_grad_l, queries, length, HEAD_DIM)
+        if not FLOAT32:
+            r = _load_relevance(relevance_base, stride_relevance_l, added_base, queries, heads, length, HAS_ADDED, BLOCK_HEADS)
+            if (head == 0) & (tile == 0):
+                tl.store(out_ptr + image * length + queries, r, mask=queries < length)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         grads = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        r = _load_relevance(relevance_base, stride_relevance_l, added_base, queries, heads, length, HAS_ADDED, BLOCK_HEADS)
+        if FLOAT32:
+            r = _load_relevance(relevance_base, stride_relevance_l, added_base, queries, heads, length, HAS_ADDED, BLOCK_HEADS)
         if CLS_APART:
             scores_cls = tl.sum(q.to(tl.float32) * k_cls[None, :], axis=1)
             grads_cls = tl.sum(grad.to(tl.float32) * v_cls[None, :], axis=1)
@@ -378,6 +385,7 @@ def plan_cls_relevance(
         "stride_lse_l": 0 if lse is None else lse.stride(2),
         "STATISTICS": "lse" if lse is not None else "scratch" if statistics is not None else "inside",
         "CLS_APART": int(apart),
+        "FLOAT32": k.dtype == torch.float32,
     }
     grid = (triton.cdiv(length - apart, tiles.block_keys) * count * heads,)
     launches.append(Launch(_cls_relevance_fwd_kernel, grid, arguments, options))
