@@ -153,7 +153,7 @@ def test_a_recipe_holds_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("arch = 3\n", "arch in"),
         ("[options]\ndata = 'd'\nspeed = 3\n", "unrecognized arguments: --speed=3"),
         ("[options]\ndata = 'd'\nworkers = 'many'\n", "invalid int value: 'many'"),
-        ("[options]\ndata = 'd'\n[train]\nspeed = 3\n", "unknown settings: speed"),
+        ("[options]\ndata = '.'\n[train]\nspeed = 3\n", "unknown settings: speed"),
         ("", "required: --data"),
     ],
 )
