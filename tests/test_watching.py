@@ -47,7 +47,8 @@ def test_a_run_that_ended_above_guessing_diverged() -> None:
     [
         ((1.0, 5.0, 2.0, 2.2, 2.4), (10.0,), {}),  # not above guessing
         ((2.0, 2.9, 2.9, 2.9), (10.0,), {}),  # not far above the start
-        ((1.0, 5.0, 5.0, 5.0), (10.0, 70.0), {}),  # as good as before
+        ((1.0, 2.9, 2.9, 2.9), (10.0, 70.0), {}),  # as good as before
+        ((1.0, 5.0, 5.0, 5.0), (10.0, 70.5), {}),  # better than before
         ((1.0, 5.0, 5.0, 5.0), (10.0,), {"weight": 0.0}),  # the cross-entropy is not trained
         ((1.0, None, None, 0.9), (10.0,), {}),  # finite again
         ((), (), {}),
@@ -62,6 +63,7 @@ def test_divergence_without_finite_losses_or_without_validation() -> None:
     assert said is not None
     assert "not finite in its last steps" in said
     assert diverged(steps(1.0, 5.0, 5.0, 5.0), **{**SETTING, "before": None}) is not None
+    assert diverged(steps(1.0, 5.0, 5.0, 5.0) + epochs(70.0), **SETTING) is not None, "as many right as before, after a spike"
     long = steps(1.0, *[9.0] * 20, *[0.5] * 17, *[9.0] * 3) + epochs(10.0)
     assert diverged(long, **SETTING) is not None, "the last lines count"
     assert diverged(long + steps(*[0.5] * 300), **SETTING) is None, "a tenth of a long run, so that one bad step is none"

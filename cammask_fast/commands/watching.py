@@ -21,6 +21,8 @@ VALIDATION = "validation"
 LEAST_TAIL = 3
 """Lines of the log, at least, that tell how a run ended."""
 FAR_ABOVE_START = 1.5
+SPIKE = 3.0
+"""Times the cross-entropy at the start, which small batches alone do not reach."""
 
 
 @dataclass
@@ -124,7 +126,8 @@ def diverged(
     """Say how a run went astray, or None where it did not.
 
     It did where its last steps had no finite loss, or where the cross-entropy of its training images ended above that of
-    guessing and far above where it began, with the last epoch's validation accuracy below the one at the start.
+    guessing and far above where it began, with the last epoch's validation accuracy below the one at the start, or equal to it
+    after a spike of the cross-entropy.
 
     Args:
         records: lines of the log, in order.
@@ -148,6 +151,8 @@ def diverged(
     ended, guessing = mean(finite), math.log(classes)
     epochs = [record["accuracy"][VALIDATION] for record in records if VALIDATION in record.get("accuracy", {})]
     worse = before is None or not epochs or epochs[-1] < before
+    if not worse and epochs[-1] == before:  # a collapsed model can have the same share right, at chance
+        worse = max(loss for loss in losses if loss is not None) > SPIKE * begun
     if ended <= max(guessing, FAR_ABOVE_START * begun) or not worse:
         return None
     return (
