@@ -129,7 +129,7 @@ def test_the_workers_of_dali_on_a_gpu_pass_it_on(folder: ImageFolder) -> None:
 @pytest.mark.parametrize(("number", "advice"), [(errno.EMFILE, "ulimit -n"), (errno.ENOMEM, "memory"), (errno.EIO, "dmesg")])
 def test_packing_stops_rather_than_leaving_images_out(folder: ImageFolder, tmp_path: Path, number: int, advice: str) -> None:
     bad = bad_samples(tmp_path, 12)
-    with pytest.raises(ValueError, match=rf"cannot read .*a/03.jpg: .*{advice}.*run again to go on"):
+    with pytest.raises(ValueError, match=rf"cannot read .*a/03.jpg: .*{advice}.*again to resume"):
         pack(flaky(folder, number, 1000), tmp_path / "out", bad=bad)
     assert not bad.reasons
     packed: Any = pack(folder, tmp_path / "out", bad=bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,9 @@ OPENAI_ARCHITECTURES = {
 
 
 def open_clip_names() -> list[str]:
-    """open_clip's model names: its configuration files."""
+    """open_clip's model names: its configuration files, or, once it is imported, also those that were added."""
+    if "open_clip" in sys.modules:
+        return list(sys.modules["open_clip"].list_models())
     spec = find_spec("open_clip")
     folders = (spec.submodule_search_locations or ()) if spec else ()
     return sorted(file.stem for folder in folders for file in Path(folder, "model_configs").glob("*.json"))
