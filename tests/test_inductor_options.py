@@ -116,7 +116,8 @@ def test_a_rounded_result_with_several_readers_is_written() -> None:
 
 LEFT: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "one reader": (lambda x, y: (x + y).sin(), (torch.zeros(2, 3, 4, dtype=BF16),) * 2),
-    "float32": (lambda x, y: ((x + y).sin(), (x + y) * 2), (torch.zeros(2, 3, 4),) * 2),
+    "float32": (lambda x, y: (lambda s: (s.sin(), s.cos()))(x + y), (torch.zeros(2, 3, 4),) * 2),
+    "narrow before": (lambda x: (lambda s: (s.sin(), s.cos()))(x.half()), (torch.zeros(2, 3, 4, dtype=BF16),)),
     "a matrix": (lambda x, y: (lambda s: (s.sin(), s.cos()))(x + y), (torch.zeros(3, 4, dtype=BF16),) * 2),
     "broadcast": (
         lambda x, y: (lambda s: (s.sin(), s.cos()))(x + y),
