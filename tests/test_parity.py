@@ -99,7 +99,7 @@ def test_a_nan_and_a_wrong_shape_are_caught(computed: Computed) -> None:
         ("images_u8", "clean/features"),
         ("labels", "loss/ce_clean"),
         ("student/backbone.transformer.resblocks.1.attn.in_proj_weight", "f64/features"),
-        ("teacher/backbone.proj", "clean/teacher_outputs"),
+        ("teacher/backbone.proj", "clean/teacher_features"),
         ("fill/ObjMaskMultiFill/seed", "fill/ObjMaskMultiFill/idx_shift"),
         ("nofill/RandMaskNoFill/seed", "nofill/RandMaskNoFill/token_idx"),
         ("mask/thresholds", "mask/margin"),

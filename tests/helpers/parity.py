@@ -93,7 +93,7 @@ def clean(case: Case) -> Quantities:
     config = TrainConfig()
     yield "clean/features", close(student.features, FEATURES)
     yield "clean/logits", of_max(student.logits, FEATURES)
-    yield "clean/teacher_outputs", close(teacher.features, FEATURES)
+    yield "clean/teacher_features", close(teacher.features, FEATURES)
     yield "clean/teacher_logits", of_max(teacher.logits, FEATURES)
     yield "loss/ce_clean", relative(F.cross_entropy(student.logits, case.labels), LOSS)
     yield "loss/w_task", exact(config.w_task)
@@ -171,7 +171,7 @@ def fill(case: Case, golden: Golden, kind: str, cam: Tensor) -> Quantities:
         assert pixels is not None
         student, teacher = case.student(pixels), case.teacher(pixels)
     yield f"{prefix}/features", close(student.features, FEATURES)
-    yield f"{prefix}/teacher_outputs", close(teacher.features, FEATURES)
+    yield f"{prefix}/teacher_features", close(teacher.features, FEATURES)
     yield f"{prefix}/loss_fd", relative(feature_distillation(student.features, teacher.features), LOSS)
     yield f"{prefix}/loss_kd", relative(logit_distillation(student.logits, teacher.logits, temperature=10.0), LOSS)
 
@@ -198,7 +198,7 @@ def no_fill(case: Case, golden: Golden, kind: str, cam: Tensor) -> Quantities:
         teacher = case.teacher(case.pixels, kept_tokens=masked.kept_tokens, key_mask=masked.key_mask)
     yield f"{prefix}/features", close(student.features, FEATURES)
     yield f"{prefix}/logits", of_max(student.logits, FEATURES)
-    yield f"{prefix}/teacher_outputs", close(teacher.features, FEATURES)
+    yield f"{prefix}/teacher_features", close(teacher.features, FEATURES)
     yield f"{prefix}/loss_fd", relative(feature_distillation(student.features, teacher.features), LOSS)
 
 
