@@ -99,6 +99,7 @@ def test_commands_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_close_words() -> None:
     assert did_you_mean("VIT-b/16", ["ViT-B/16", "tiny"]) == "; did you mean ViT-B/16?"
+    assert did_you_mean("TINY", ["ViT-B/16", "tiny"]) == "; did you mean tiny?"
     assert did_you_mean("zzz", ["ViT-B/16", "tiny"]) == ""
     positive({"keep": None, "save_every": 1}, "keep", "save_every")
     with pytest.raises(ValueError, match="--save-every: expected a positive value, got 0"):

@@ -168,12 +168,15 @@ def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_sets_are_named_by_the_user(tmp_path: Path) -> None:
+def test_sets_are_named_by_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "x", {"cat": 2, "dog": 2})
     make_folder(tmp_path / "a=b", {"cat": 2, "dog": 2})
     assert named_set(f"sketch={tmp_path / 'x'}") == ("sketch", str(tmp_path / "x"))
     assert named_set("imagenet-v2=x")[0] in ("", "imagenet-v2")
-    assert named_set(str(tmp_path / "a=b")) == ("", str(tmp_path / "a=b")), "a path that exists"
+    assert named_set(str(tmp_path / "a=b")) == ("", str(tmp_path / "a=b")), "a name holds no slash"
+    monkeypatch.chdir(tmp_path)
+    assert named_set("a=b") == ("", "a=b"), "a path that exists"
+    assert named_set("a=x") == ("a", "x")
     sets = open_evaluation(
         [f"sketch={tmp_path / 'x'}", str(tmp_path / "a=b")], image_size=48, class_folders=("cat", "dog"),
         loader_config=LoaderConfig(kind="torch", workers=0),

@@ -37,6 +37,8 @@ def test_settings_are_compared_on_the_seeds_of_both() -> None:
     assert "lr 0.5, batch 64, 66 steps" in text
     (one,) = held([*records, run(64, other, 40.0, seed=101)])
     assert (one.best, one.best_both, one.seeds) == (one.default, 65.0, 2)
+    (one,) = held([*records, run(64, other, 99.0, seed=102)])
+    assert (one.best_both, one.seeds) == (71.0, 1), "without the seed that the defaults lack"
     assert "the same" in section([*records, run(64, other, 40.0, seed=101)])
     with pytest.raises(ValueError, match="no run of 64 images with the defaults, lr, epochs and batch size"):
         held([run(64, other, 71.0)])
