@@ -13,7 +13,7 @@ import torch
 from cammask_fast.cli import main
 from cammask_fast.commands import training
 from cammask_fast.commands.screen import TimeEstimate, duration, method_words, screen
-from cammask_fast.commands.watching import accuracy_lines, comparison, diverged, log_of
+from cammask_fast.commands.watching import accuracy_lines, chance, comparison, diverged, log_of
 from cammask_fast.config import TrainConfig
 from cammask_fast.data.factory import named_set, open_evaluation
 from cammask_fast.data.loaders.config import LoaderConfig
@@ -25,14 +25,15 @@ QUICK = ["--epochs", "2", "--batch-size", "4", "--lr", "1e-4", "--loader", "torc
 
 
 def steps(*losses: float | None) -> list[dict[str, Any]]:
-    return [{"step": i, "task": loss} for i, loss in enumerate(losses)]
+    return [{"step": i, "loss": loss} for i, loss in enumerate(losses)]
 
 
 def epochs(*accuracies: float) -> list[dict[str, Any]]:
     return [{"step": 0, "epoch": i, "accuracy": {"validation": value}} for i, value in enumerate(accuracies)]
 
 
-SETTING: dict[str, Any] = {"classes": 10, "before": 70.0, "lr": 0.1, "weight": 1.0}
+SETTING: dict[str, Any] = {"classes": 10, "before": 70.0, "images": 100, "lr": 0.1, "weight": 1.0}
+UNSEEN: dict[str, Any] = {**SETTING, "before": None, "images": 0}
 
 
 def test_a_run_that_ended_above_guessing_diverged() -> None:
@@ -46,11 +47,15 @@ def test_a_run_that_ended_above_guessing_diverged() -> None:
     ("losses", "accuracies", "changes"),
     [
         ((1.0, 5.0, 2.0, 2.2, 2.4), (10.0,), {}),  # not above guessing
+        ((1.0, 5.0, 5.0, 5.0), (10.0,), {"weight": 3.0}),  # the same, of three times the cross-entropy
         ((2.0, 2.9, 2.9, 2.9), (10.0,), {}),  # not far above the start
-        ((1.0, 2.9, 2.9, 2.9), (10.0, 70.0), {}),  # as good as before
-        ((1.0, 5.0, 5.0, 5.0), (10.0, 70.5), {}),  # better than before
+        ((1.0, 5.0, 5.0, 5.0), (10.0, 70.0), {}),  # as good as before
+        ((1.0, 5.0, 5.0, 5.0), (57.0,), {}),  # worse by what chance explains
+        ((1.3, 1.6, 5.0), (22.2,), {"classes": 3, "before": 33.3, "images": 9}),  # the same, of a few images
         ((1.0, 5.0, 5.0, 5.0), (10.0,), {"weight": 0.0}),  # the cross-entropy is not trained
         ((1.0, None, None, 0.9), (10.0,), {}),  # finite again
+        ((1.0, None), (10.0,), {}),  # too few to tell
+        ((None, None), (10.0,), {}),
         ((), (), {}),
     ],
 )
@@ -58,15 +63,32 @@ def test_a_run_that_did_not_diverge(losses: tuple[Any, ...], accuracies: tuple[f
     assert diverged(steps(*losses) + epochs(*accuracies), **{**SETTING, **changes}) is None
 
 
-def test_divergence_without_finite_losses_or_without_validation() -> None:
+def test_divergence_without_finite_losses() -> None:
     said = diverged(steps(1.0, 0.9, None, None, None) + epochs(80.0), **SETTING)
     assert said is not None
     assert "not finite in its last steps" in said
-    assert diverged(steps(1.0, 5.0, 5.0, 5.0), **{**SETTING, "before": None}) is not None
-    assert diverged(steps(1.0, 5.0, 5.0, 5.0) + epochs(70.0), **SETTING) is not None, "as many right as before, after a spike"
+
+
+def test_divergence_without_validation_images() -> None:
+    assert diverged(steps(1.0, 7.0, 7.0, 7.0), **UNSEEN) is not None
+    assert diverged(steps(1.0, 6.5, 6.5, 6.5), **UNSEEN) is None, "less than three times guessing"
+    assert diverged(steps(3.0, 8.5, 8.5, 8.5), **UNSEEN) is None, "less than three times the start"
+    assert diverged(steps(1.0, 20.0, 20.0), **UNSEEN) is None, "the start is among the last lines"
+
+
+def test_the_last_lines_of_the_log_count() -> None:
     long = steps(1.0, *[9.0] * 20, *[0.5] * 17, *[9.0] * 3) + epochs(10.0)
-    assert diverged(long, **SETTING) is not None, "the last lines count"
-    assert diverged(long + steps(*[0.5] * 300), **SETTING) is None, "a tenth of a long run, so that one bad step is none"
+    assert diverged(long, **SETTING) is not None
+    assert diverged(long + steps(*[0.5] * 300, *[9.0] * 3), **SETTING) is None, (
+        "a tenth of a long run, not its last steps alone"
+    )
+
+
+def test_chance_of_a_measured_accuracy() -> None:
+    assert chance(50.0, 100) == pytest.approx(15.0)
+    assert chance(100.0, 100) == pytest.approx(chance(0.0, 100))
+    assert 0 < chance(0.0, 100) < 5
+    assert chance(50.0, 1) > 100
 
 
 def test_the_log_is_read_up_to_a_cut_line(tmp_path: Path) -> None:
@@ -231,7 +253,7 @@ def test_a_diverged_run_calls_nothing_best(
     monkeypatch.setattr(training, "log_of", lambda _: steps(0.1, 5.0, 5.0, 5.0))
     assert main(["train", "--data", str(photos), "--out", str(out), *QUICK, "--val-share", "0"]) == 2
     error = capsys.readouterr().err
-    assert "cammask: error: the run diverged: the cross-entropy" in error
+    assert "cammask: error: the run diverged: the loss" in error
     assert "lower --lr (it was 0.0001)" in error
     assert not list(out.glob("*.safetensors"))
     assert not (out / "run.json").exists()

@@ -182,7 +182,7 @@ def train_here(
         report(out, record, start, models["best"], data, config)
 
 
-def refuse_diverged(out: Path, config: TrainConfig, classes: int, before: float | None, dist_info: World) -> None:
+def refuse_diverged(out: Path, config: TrainConfig, classes: int, before: float | None, images: int, dist_info: World) -> None:
     """Stop where a run has diverged, on all processes alike; see `watching.diverged`.
 
     Args:
@@ -190,6 +190,7 @@ def refuse_diverged(out: Path, config: TrainConfig, classes: int, before: float 
         config: settings of the run.
         classes: their number, K.
         before: validation accuracy before training, percent; None without validation images.
+        images: number of validation images.
         dist_info: rank and number of processes; the main process reads the log.
 
     Raises:
@@ -197,7 +198,7 @@ def refuse_diverged(out: Path, config: TrainConfig, classes: int, before: float 
     """
     own = None
     if dist_info.is_main_process:
-        own = diverged(log_of(out), classes=classes, before=before, lr=config.optim.lr, weight=config.w_task)
+        own = diverged(log_of(out), classes=classes, before=before, images=images, lr=config.optim.lr, weight=config.w_task)
     said = all_gather_object(own)[0]
     if said is not None:
         raise ValueError(said)
@@ -278,7 +279,8 @@ def train_with_progress(
         finally:
             run.finish()
         seconds = time.perf_counter() - started
-    refuse_diverged(out, config, len(data.class_names), list(before.values())[-1].get(VALIDATION), dist_info)
+    started_with, images = list(before.values())[-1].get(VALIDATION), sets.images().get(VALIDATION, 0)
+    refuse_diverged(out, config, len(data.class_names), started_with, images, dist_info)
     stalls = [] if run.checkpoints is None else run.checkpoints.stalls
     watched = {
         "waited_for_data": round(progress.waited, 4), "skipped_steps": tuned.skipped,

@@ -21,8 +21,8 @@ VALIDATION = "validation"
 LEAST_TAIL = 3
 """Lines of the log, at least, that tell how a run ended."""
 FAR_ABOVE_START = 1.5
-SPIKE = 3.0
-"""Times the cross-entropy at the start, which small batches alone do not reach."""
+UNSEEN = 3.0
+"""Times the loss of guessing, and that at the start, which a run without validation images must end above."""
 
 
 @dataclass
@@ -121,44 +121,52 @@ def accuracy_lines(name: str, scores: Mapping[str, float], images: Mapping[str, 
 
 
 def diverged(
-    records: Sequence[Mapping[str, Any]], *, classes: int, before: float | None, lr: float, weight: float
+    records: Sequence[Mapping[str, Any]], *, classes: int, before: float | None, images: int, lr: float, weight: float
 ) -> str | None:
     """Say how a run went astray, or None where it did not.
 
-    It did where its last steps had no finite loss, or where the cross-entropy of its training images ended above that of
-    guessing and far above where it began, with the last epoch's validation accuracy below the one at the start, or equal to it
-    after a spike of the cross-entropy.
+    It did where its last steps had no finite loss, or where the loss of its training images ended above that of guessing and
+    far above where it began, and the last epoch's validation accuracy is below the one at the start by more than chance
+    explains. Without validation images the loss must be further up: batches of a few images are noisy.
 
     Args:
-        records: lines of the log, in order.
-        classes: number of classes K; guessing has a cross-entropy of log K.
+        records: lines of the log, in order; their `loss` is that of all processes.
+        classes: number of classes K; guessing has a loss of `weight` log K.
         before: validation accuracy before training, percent; None without validation images.
+        images: number of validation images.
         lr: the peak learning rate, for the advice.
         weight: of the cross-entropy in the loss; with 0 only the finite losses are looked at.
 
     Returns:
         The message for the user, or None.
     """
-    losses = [record["task"] for record in records if "task" in record]
+    losses = [record["loss"] for record in records if "loss" in record]
     tail = losses[-max(LEAST_TAIL, len(losses) // 10) :]
     finite = [loss for loss in tail if loss is not None]
     advice = f"; nothing is called best: start again with a lower --lr (it was {lr:g}) and --overwrite"
-    if tail and not finite:
+    if len(tail) >= LEAST_TAIL and not finite:
         return f"the run diverged: the loss or the gradients were not finite in its last steps{advice}"
     begun = next((loss for loss in losses if loss is not None), None)
-    if begun is None or not weight:
+    if begun is None or not finite or not weight:
         return None
-    ended, guessing = mean(finite), math.log(classes)
+    ended, guessing = mean(finite), weight * math.log(classes)
     epochs = [record["accuracy"][VALIDATION] for record in records if VALIDATION in record.get("accuracy", {})]
-    worse = before is None or not epochs or epochs[-1] < before
-    if not worse and epochs[-1] == before:  # a collapsed model can have the same share right, at chance
-        worse = max(loss for loss in losses if loss is not None) > SPIKE * begun
-    if ended <= max(guessing, FAR_ABOVE_START * begun) or not worse:
+    if before is None or not epochs:
+        astray = len(losses) > LEAST_TAIL and ended > UNSEEN * max(guessing, begun)
+    else:
+        astray = ended > max(guessing, FAR_ABOVE_START * begun) and before - epochs[-1] > chance(before, images)
+    if not astray:
         return None
     return (
-        f"the run diverged: the cross-entropy of the training images was {begun:.2f} at the start and {ended:.2f} at the end, "
+        f"the run diverged: the loss of the training images was {begun:.2f} at the start and {ended:.2f} at the end, "
         f"above the {guessing:.2f} of guessing{advice}"
     )
+
+
+def chance(accuracy: float, images: int) -> float:
+    """Three standard deviations of an accuracy that was measured on so many images, in points of percent."""
+    share = min(max(accuracy / 100, 1 / (images + 1)), images / (images + 1))
+    return 300 * math.sqrt(share * (1 - share) / images)
 
 
 def log_of(out: Path) -> list[dict[str, Any]]:
