@@ -93,6 +93,7 @@ def test_one_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert seen == LOG
     said = capsys.readouterr().err
     assert said.count("--wandb has failed and is left out from step 1 on (RuntimeError: no connection)") == 1
+    assert said.count("has failed") == 1, "said once, and not asked again"
     assert "--wandb was not closed" in said
 
 
