@@ -204,7 +204,6 @@ def build_parser() -> Parser:
         precisions=PRECISIONS,
     )
 
-    text = "write a run's weights for open_clip, transformers, ONNX Runtime or torch.export"
     text = "the most probable classes of photographs, which need no labels"
     predict = command("predict", "prediction.run_predict", text)
     predict.add_argument("model", metavar="MODEL", help=MODEL)
@@ -220,6 +219,7 @@ def build_parser() -> Parser:
     _strict(predict)
     _shared(predict, precisions=PRECISIONS)
 
+    text = "write a run's weights for open_clip, transformers, ONNX Runtime or torch.export"
     export = command("export", "export.run_export", text)
     export.add_argument("run", type=Path, metavar="RUN", help="folder of a run (its best checkpoint) or a checkpoint")
     formats = ("open-clip", "hf", "onnx", "torch-export")
