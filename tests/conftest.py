@@ -1,14 +1,16 @@
-"""One thread per test process, and the slowest files at the end of a run."""
+"""One thread and one seed per test, and the slowest files at the end of a run."""
 
 from __future__ import annotations
 
 import os
+import random
 from collections import defaultdict
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported; processes that tests start inherit it
 
+import numpy as np
 import torch
 
 from cammask_fast.kernels.backend import INTERPRETED
@@ -24,6 +26,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("triton")])
     items[:] = [item for item in items if not item.get_closest_marker("triton")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test draws the same numbers alone, after any other, and in any process."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 def pytest_runtest_teardown() -> None:

@@ -60,8 +60,9 @@ def cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """100 GB are free; 1 GB was used at the peak and 10 MB before."""
     memory_of_gpu = {"mem_get_info": (int(100 * GB), int(100 * GB)), "memory_allocated": 10_000_000}
     memory_of_gpu |= {"max_memory_allocated": 1_000_000_000, "synchronize": None, "reset_peak_memory_stats": None}
+    memory_of_gpu |= {"get_device_capability": (9, 0)}
     for name, value in memory_of_gpu.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     for module in (step, data, smoke, tests):
         monkeypatch.setattr(module, "gpu_environment", lambda: WHERE)
 
