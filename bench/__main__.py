@@ -11,6 +11,7 @@ from cammask_fast.cli import Parser
 COMMANDS = {
     "kernels": ("bench.kernels", "what the kernels need, compiled without a GPU, or the CPU path against op by op"),
     "step": ("bench.step.race", "one optimiser step against the authors' algorithm"),
+    "maps": ("bench.maps", "every map by every metric, and as the source of masks, on the embedded benchmark"),
     "less-work": ("bench.step.less_work", "what the settings that save work cost in accuracy, on the embedded benchmark"),
     "data": ("bench.data.loaders", "the loaders against torchvision's"),
     "checkpoints": ("bench.checkpoints", "how long a checkpoint holds up the training"),

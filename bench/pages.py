@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import defaults, report, scaling
+from bench import defaults, maps, report, scaling
 from bench.gpu import tables
 from bench.records import ROOT, read
 from bench.step import less_work
@@ -50,6 +50,7 @@ SECTIONS = (
     Section("demo", "docs/results.md", lambda results: summary(demo_of(results, "demo.json"))),
     Section("demo-full", "docs/results.md", lambda results: summary(demo_of(results, "demo-full.json"))),
     Section("defaults", "docs/results.md", lambda results: defaults.section(read(results / defaults.RECORDS.name))),
+    Section("maps", "docs/maps.md", lambda results: maps.section(records_of(results)) or report.NO_CPU),
     Section("data", "docs/data.md", lambda results: report.data_section(records_of(results))),
     Section("gpu", "docs/kernels.md", lambda results: report.gpu_section(records_of(results))),
     Section("cpu", "docs/kernels.md", kernels_on_cpu),
