@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = (
     "runtime", "config", "strategy", "recipes", "fitting", "assets", "precision", "progress", "profiling", "inductor_options",
     "distributed", "kernels", "data", "model", "cam", "masking", "losses", "optim", "state", "step", "checkpoint", "export",
-    "evaluate", "wise_ft", "train", "viz", "api", "demo", "commands", "cli", "__main__",
+    "evaluate", "audit", "wise_ft", "train", "viz", "api", "demo", "commands", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -143,7 +143,7 @@ class TorchLoader(ResumableLoader):
     ):
         if workers < 0:
             raise ValueError(f"--workers: expected 0 or more, got {workers}")
-        self.source, self.labels, self.bad = source, source.labels, bad
+        self.source, self.labels, self.bad, self.transform = source, source.labels, bad, transform
         self.sampler = sampler
         self._loader = read_ahead(DecodedBatches(source, transform), BatchSampler(sampler), workers, pin_memory=pin_memory)
         record_index_errors(source, bad)
