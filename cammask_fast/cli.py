@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import cammask_fast
 from cammask_fast import __version__
-from cammask_fast.config import PRECISIONS, OptimConfig, TrainConfig, options_of
+from cammask_fast.config import PRECISIONS, Cam, OptimConfig, TrainConfig, options_of
 from cammask_fast.recipes.run_recipe import is_recipe_file, option_words
 from cammask_fast.runtime.env import launched
 from cammask_fast.runtime.notices import collecting
@@ -243,6 +243,35 @@ def build_parser() -> Parser:
     _model(mask)
     _strict(mask)
     _shared(mask, out=("mask.png", "PNG file; several, with numbers, for many photographs"))
+
+    text = "does a model look at the object or at its context? Counterfactual tests with contexts of other images"
+    audit = command("audit", "audit.run_audit", text)
+    audit.add_argument("model", metavar="RUN|MODEL", help=MODEL)
+    _data(audit)
+    text = "a second model on the same counterfactuals, compared image by image: a run, a checkpoint or a pre-trained model"
+    audit.add_argument("--against", metavar="RUN|MODEL", help=text)
+    text = "mask images of the objects, by the photograph's path below --data (default: the object is where the map is highest)"
+    audit.add_argument("--masks", type=Path, metavar="FOLDER", help=text)
+    audit.add_argument("--maps-by", metavar="MODEL", help="whose maps tell object from context (default: those of RUN|MODEL)")
+    audit.add_argument("--cam", default="mm-cam", choices=get_args(Cam))
+    audit.add_argument("--cam-start-layer", type=int, default=0, metavar="LAYER", help="first layer of the map")
+    text = "share of the patches that are the object, those with the highest map (default: %(default)s)"
+    audit.add_argument("--object-share", type=float, default=0.5, metavar="SHARE", help=text)
+    text = "contexts of other images per photograph and test (default: %(default)s)"
+    audit.add_argument("--contexts", type=int, default=4, metavar="N", help=text)
+    text = "audit at most so many images, evenly over the classes (default: %(default)s)"
+    audit.add_argument("--images", type=int, default=1000, metavar="N", help=text)
+    text = "a line per class, FOLDER<TAB>GROUP: classes of a group share a context, cow and sheep on grass"
+    audit.add_argument("--groups", type=Path, metavar="FILE", help=text)
+    audit.add_argument("--seed", type=int, default=0, help="of donors, random masks and bootstrap")
+    audit.add_argument("--html", type=Path, metavar="FILE", help="write a page with the worst classes and their pictures")
+    audit.add_argument("--csv", type=Path, metavar="FILE", help="write a line per class")
+    audit.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    audit.add_argument("--arch", help="architecture of a file with a CLIP's weights")
+    audit.add_argument("--pretrained", default="", help="weights of a pre-trained model, as for zeroshot")
+    _class_text(audit)
+    _loading(audit)
+    _shared(audit, precisions=PRECISIONS)
 
     compare = command("compare", "compare.run_compare", "accuracies, paired differences and settings of finished runs")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of `cammask train`")

@@ -142,7 +142,7 @@ def test_what_a_counterfactual_is_made_of() -> None:
         assert (trials.donor_labels("other_context")[image] != labels[image]).all()
     assert (trials.masks["random_filled"].sum(1) == 4).all()
     assert len(trials.masks["random_filled"].unique(dim=0)) > 5
-    chunk, pixels = next(trials.batches("other_context", 1, device="cpu", dtype=torch.float32))
+    chunk, pixels = next(trials.batches("other_context", 1, dtype=torch.float32))
     assert chunk == slice(0, 24)
     expected = (trials.picture("other_context", 7, 1).float() / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
     torch.testing.assert_close(pixels[7], expected.permute(2, 0, 1))
@@ -248,7 +248,7 @@ def test_calibration_and_groups_of_logits_agree_with_evaluation() -> None:
     model = lambda pixels: pixels.mean((2, 3)) @ weights  # noqa: E731
     answers = ask(model, trials, groups=groups)
     meter, summed = AccuracyMeter(groups, 2), []
-    for chunk, pixels in trials.batches("clean", 0, device="cpu", dtype=torch.float32):
+    for chunk, pixels in trials.batches("clean", 0, dtype=torch.float32):
         meter.add(model(pixels), trials.labels[: trials.audited][chunk])
         shares = model(pixels)[:, :3].double().softmax(1)
         summed.append(torch.where(trials.labels[: trials.audited][chunk] == 0, shares[:, 0], shares[:, 1] + shares[:, 2]))
@@ -351,6 +351,6 @@ def test_models_are_audited_with_known_objects_and_with_maps() -> None:
     assert torch.equal(
         by_map.trials.masks["object_filled"], object_masks(model, images, labels, share=0.25)[by_map.trials.images]
     )
-    for changes, message in ({"share": 1.5}, "object-share"), ({"donors": 0}, "donors"), ({"images": 1}, "images"):
+    for changes, message in ({"share": 1.5}, "object-share"), ({"donors": 0}, "contexts"), ({"images": 1}, "images"):
         with pytest.raises(ValueError, match=message):
             AuditConfig(**changes)  # type: ignore[arg-type]

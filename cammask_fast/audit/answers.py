@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ def ask(
     """
     logits_of: Logits = (lambda pixels: model(pixels).logits) if isinstance(model, Classifier) else model
     labels = trials.labels[: trials.audited]
+    shown = replace(trials, pool=trials.pool.to(device))
     found: dict[str, Answers] = {}
     total, done = sum(trials.draws(test) for test in trials.masks), 0
     for test in (name for name in TESTS if name in trials.masks):
@@ -60,8 +62,7 @@ def ask(
         for draw in range(trials.draws(test)):
             distributed.heartbeat("audit")
             parts = [
-                _read(logits_of(pixels), labels[chunk], groups)
-                for chunk, pixels in trials.batches(test, draw, device=device, dtype=dtype)
+                _read(logits_of(pixels), labels[chunk], groups) for chunk, pixels in shown.batches(test, draw, dtype=dtype)
             ]
             columns.append([torch.cat(one) for one in zip(*parts, strict=True)])
             done += 1

@@ -31,10 +31,9 @@ class AuditConfig:
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise ValueError(f"--object-share: expected a share between 0 and 1, got {self.share}")
-        for name, least in (("donors", 1), ("images", 2)):
-            value = getattr(self, name)
+        for option, value, least in (("contexts", self.donors, 1), ("images", self.images, 2)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"--{name}: expected {least} or more, got {value}")
+                raise ValueError(f"--{option}: expected {least} or more, got {value}")
 
 
 class Audited(NamedTuple):

@@ -203,21 +203,18 @@ class Trials:
         """int64 (N, D), the class whose context an image gets."""
         return self.labels[self.donors[test] - len(self.labels)]
 
-    def batches(
-        self, test: str, draw: int, *, device: torch.device | str, dtype: torch.dtype
-    ) -> Iterator[tuple[slice, Tensor]]:
+    def batches(self, test: str, draw: int, *, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The pixels of one draw of a test, a chunk of images at a time.
 
         Args:
             test: one of `TESTS` that is in `masks`.
             draw: which donor, 0 to D - 1.
-            device: of the pixels.
             dtype: of the pixels.
 
         Yields:
-            The chunk's place among the N images, and normalised pixels (n, 3, H, W).
+            The chunk's place among the N images, and normalised pixels (n, 3, H, W) on the pool's device.
         """
-        pool = self.pool.to(device)
+        pool, device = self.pool, self.pool.device
         mask = self.masks[test].to(device)
         donors = self.donors[test][:, draw].to(device) if test in self.donors else torch.arange(self.audited, device=device)
         size = max(1, CHUNK_PIXELS // pool[0, ..., 0].numel())

@@ -56,8 +56,8 @@ def read_masks(folder: Path, loader: AnyLoader, sample_ids: Sequence[int]) -> Te
     """Read the masks of some of a loader's images, cut and resized as these are.
 
     A photograph's mask has its path below the data, or below the folder of the data's name, with any image suffix in the place
-    of its own or behind it. The object is what is opaque in a mask with transparency, else not 0 in one with a palette or with
-    values below 128 alone, else 128 or more.
+    of its own or behind it. The object is what is opaque in a mask with transparency; what is not black in one with colours;
+    what is not 0 in a grey one whose values are all below 128; else what is brighter than half of the brightest.
 
     Args:
         folder: of the masks.
@@ -105,8 +105,11 @@ def object_of(image: Image.Image) -> Image.Image:
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
         if alpha.min() < alpha.max():
             return Image.fromarray((alpha >= INDEX_BELOW).astype(np.uint8) * 255)
-    values = np.asarray(image if image.mode in ("P", "1", "L", "I", "F", "I;16") else image.convert("L"))
-    indices = image.mode in ("P", "1") or (values.max() < INDEX_BELOW and values.min() >= 0)
+    values = np.asarray(image if image.mode in ("1", "L", "I", "F", "I;16") else image.convert("RGB"))
+    if values.ndim == 3:
+        coloured = (values != values[..., :1]).any()
+        values = values.max(2) if not coloured else (values.max(2) > 0).astype(np.uint8)
+    indices = values.max() < INDEX_BELOW and values.min() >= 0
     inside = values > 0 if indices else values > values.max() / 2
     return Image.fromarray(inside.astype(np.uint8) * 255)
 

@@ -180,10 +180,19 @@ def worst_images(predicted: Predicted, names: Sequence[str]) -> list[tuple[int, 
     return found
 
 
-def thumbnail(image: Tensor, text: str) -> Picture:
-    """A small JPEG of an image, uint8 (H, W, 3), with its caption."""
+def thumbnail(image: Tensor, text: str, *, most: int = THUMBNAIL) -> Picture:
+    """A small JPEG of an image, with its caption.
+
+    Args:
+        image: uint8 (H, W, 3).
+        text: caption.
+        most: longest side, pixels.
+
+    Returns:
+        The picture as a data URL.
+    """
     small = Image.fromarray(image.cpu().numpy())
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((most, most))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
     return Picture(text, f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")

@@ -39,6 +39,8 @@ BACKGROUNDS: dict[str, tuple[str, str, tuple[float, float, float]]] = {
     "moon": ("moon", "the moon", (0.85, 0.9, 1.0)),
 }
 DOWNSTREAM_BACKGROUNDS = ("grass", "gravel")
+GROUPS = (0, 0, 0, 0, 0, 1, 1, 1, 1, 1)
+"""For each class the background, of `DOWNSTREAM_BACKGROUNDS`, on which it stands downstream."""
 SCAN_SHARES = {"web": 0.55, "train": 0.20, "val": 0.10, "test": 0.15}
 NAMED_SHARE = 0.15  # web captions that name the background
 CHUNK = 256
