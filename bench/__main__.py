@@ -16,6 +16,7 @@ COMMANDS = {
     "data": ("bench.data.loaders", "the loaders against torchvision's"),
     "checkpoints": ("bench.checkpoints", "how long a checkpoint holds up the training"),
     "scaling": ("bench.scaling", "a model of data-parallel training on many GPUs"),
+    "audit": ("bench.audit", "whether an audit tells the truth, on the embedded benchmark"),
     "soak": ("bench.soak", "a run of several processes under random faults, against the same run undisturbed"),
     "growth": ("bench.growth", "whether a long run keeps its size in memory, with each loader"),
     "gpu": ("bench.gpu", "tests and microbenchmarks on a CUDA machine"),

@@ -38,6 +38,9 @@ def read_images(loader: AnyLoader, chosen: Tensor, config: LoaderConfig) -> tupl
 
     Returns:
         The images that can be read, on the CPU, with their labels and sample ids; and the loader that read them.
+
+    Raises:
+        ValueError: none of them can be read.
     """
     if isinstance(loader, ArrayLoader):
         return Batch(loader.images[chosen], loader.labels[chosen], chosen), loader
