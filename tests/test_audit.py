@@ -353,4 +353,4 @@ def test_models_are_audited_with_known_objects_and_with_maps() -> None:
     )
     for changes, message in ({"share": 1.5}, "object-share"), ({"donors": 0}, "contexts"), ({"images": 1}, "images"):
         with pytest.raises(ValueError, match=message):
-            AuditConfig(**changes)  # type: ignore[arg-type]
+            AuditConfig(**changes)

@@ -96,7 +96,7 @@ def read_masks(folder: Path, loader: AnyLoader, sample_ids: Sequence[int]) -> Te
 
 def places_of(source: ImageSource, index: int) -> list[str]:
     """Where the mask of an image may lie below the masks' folder, without its last suffix."""
-    files: Sequence[str] = getattr(source, "files", None) or getattr(source, "keys", ())
+    files: Sequence[str] = source.files if hasattr(source, "files") else getattr(source, "keys", ())
     name, root = Path(files[index]), Path(source.where).name
     plain = [str(name.with_suffix("")), str(name)]
     return [*plain, *(str(Path(root, one)) for one in plain)]

@@ -107,10 +107,9 @@ def verdicts(audited: Audited) -> list[str]:
         said.append(f"{name}: {'; '.join(words)}")
     if audited.comparison is not None and CONTEXT in audited.comparison.differences:
         one = audited.comparison.differences[CONTEXT]
-        sign = _sign(one)
-        words = "relies on the context as much as, within the interval," if not sign else "relies less on the context than"
-        words = "relies more on the context than" if sign > 0 else words
-        said.append(f"{audited.names[0]} {words} {audited.names[1]}: {reliance_words(one)}")
+        relation = {1: "relies more on the context than", -1: "relies less on the context than"}
+        verb = relation.get(_sign(one), "relies on the context no more and no less, as far as can be told, than")
+        said.append(f"{audited.names[0]} {verb} {audited.names[1]}: {reliance_words(one)}")
     return said
 
 
