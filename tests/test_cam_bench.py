@@ -237,7 +237,7 @@ def test_the_table_of_metrics() -> None:
     def record(cam: str, seed: int, value: float) -> dict[str, Any]:
         values = dict.fromkeys(METRICS, value)
         return {
-            "op": "cam-bench", "method": "ft", "seed": seed, "cam": cam, "images": 300, "values": values, "milliseconds": 1.5,
+            "op": "cam-bench", "method": "ft", "seed": seed, "cam": cam, "images": 300, "values": values, "cpu_milliseconds": 1.5,
             "cpu": "x", "threads": 1, "torch": "y", "commit": f"c{seed}",
         }  # fmt: skip
 
@@ -260,7 +260,14 @@ def test_what_is_recorded_is_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_p
     def measured(method: str, seed: int, cams: list[str]) -> list[dict[str, Any]]:
         made.append((method, seed, *cams))
         score = MapScore(dict.fromkeys(METRICS, 1.0), {}, 1.0)
-        record = {"op": "cam-bench", "method": method, "seed": seed, "images": 1, "values": score.values, "milliseconds": 1.0}
+        record = {
+            "op": "cam-bench",
+            "method": method,
+            "seed": seed,
+            "images": 1,
+            "values": score.values,
+            "cpu_milliseconds": 1.0,
+        }
         return [{**record, "cam": cam} for cam in cams]
 
     def as_source(name: str, recipe: str, seed: int, changes: Mapping[str, Any]) -> dict[str, Any]:
