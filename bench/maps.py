@@ -147,7 +147,7 @@ def measured(method: str, seed: int, cams: Sequence[str]) -> list[dict[str, Any]
 
 
 def cpu_milliseconds(model: Classifier, cam: str) -> float:
-    """CPU time per image to make a map, which other processes do not change: the median of three times; 0 for the random one."""
+    """CPU time per image to make a map, which other processes do not change: the median of three; 0 for the random map."""
     if cam == RANDOM:
         return 0.0
     images, labels, _ = known_images()

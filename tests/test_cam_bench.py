@@ -237,8 +237,8 @@ def test_the_table_of_metrics() -> None:
     def record(cam: str, seed: int, value: float) -> dict[str, Any]:
         values = dict.fromkeys(METRICS, value)
         return {
-            "op": "cam-bench", "method": "ft", "seed": seed, "cam": cam, "images": 300, "values": values, "cpu_milliseconds": 1.5,
-            "cpu": "x", "threads": 1, "torch": "y", "commit": f"c{seed}",
+            "op": "cam-bench", "method": "ft", "seed": seed, "cam": cam, "images": 300, "values": values,
+            "cpu_milliseconds": 1.5, "cpu": "x", "threads": 1, "torch": "y", "commit": f"c{seed}",
         }  # fmt: skip
 
     text = maps.section(
