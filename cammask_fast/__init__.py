@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cammask_fast.api import (
+        Audit,
         Counterfactuals,
         FineTuned,
         Maps,
         Model,
         Scores,
+        audit,
         cam,
         counterfactual,
         evaluate,
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Counterfactuals", "FineTuned", "Maps", "Model", "Scores",
-    "cam", "counterfactual", "evaluate", "export", "fine_tune", "load", "train_step",
+    "Audit", "Counterfactuals", "FineTuned", "Maps", "Model", "Scores",
+    "audit", "cam", "counterfactual", "evaluate", "export", "fine_tune", "load", "train_step",
 ]  # fmt: skip
 
 

@@ -428,6 +428,8 @@ def _surviving(parser: Parser) -> None:
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=text)
     text = "trace a few steps after warm-up: trace.json and operators.txt, the 20 operators that take most time"
     parser.add_argument("--profile", type=Path, metavar="DIR", help=text)
+    text = "audit the validation images at the end: does the model look at the object or its context? See `cammask audit`"
+    parser.add_argument("--audit", action="store_true", help=text)
     parser.add_argument("--tensorboard", action="store_true", help="also write OUT/tensorboard for `tensorboard --logdir`")
     text = "also log to Weights & Biases, project PROJECT (default: cammask-fast); WANDB_MODE=offline keeps it here"
     parser.add_argument("--wandb", nargs="?", const="cammask-fast", metavar="PROJECT", help=text)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from cammask_fast.audit.subject import read_groups, shown_names
 from cammask_fast.checkpoint import Description, save_classifier
 from cammask_fast.checkpoint.heads import Classes
 from cammask_fast.cli import main
-from cammask_fast.commands.audit import read_groups, shown_names
 from cammask_fast.data.datasets.texture_digits import CLASS_NAMES, render, sample_scenes, stroke_coverage
 from cammask_fast.data.datasets.texture_digits_splits import evaluation_specifications
 from cammask_fast.data.object_masks import object_of

@@ -88,7 +88,7 @@ def fine_tune(
     shares = config.accumulate
     if class_names:
         class_names = texts(class_names, "class_names")
-    data, validation = _folder_of(data), _folder_of(validation)
+    data, validation = folder_of(data), folder_of(validation)
     if isinstance(data, str):
 
         def fitting_batch(images: int) -> int:
@@ -111,7 +111,7 @@ def fine_tune(
         config, _ = fitted_config(model.arch, batches.images, {**given, "batch_size": batches.batch_size}, shares=shares)
         train_loader, held_out, folders = batches, None, ()
         folders = names
-    started = _with_data_classes(model, names, folders, renamed=bool(class_names))
+    started = with_data_classes(model, names, folders, renamed=bool(class_names))
     if validation is not None:
         held_out = _evaluation(started, validation)[0]
     classifier = started.with_head()
@@ -139,10 +139,10 @@ def evaluate(model: Model, data: Data) -> Scores:
     data: as for `fine_tune`, and ImageNet's family; a folder's classes must be the model's. Raises ValueError on data that
     cannot be used.
     """
-    model, data = as_model(model), _folder_of(data)
+    model, data = as_model(model), folder_of(data)
     if isinstance(data, str) and model.classifier is None:
         folders = folders_of([data])
-        model = _with_data_classes(model, folders if data == "texture-digits" else names_of(None, folders), folders)
+        model = with_data_classes(model, folders if data == "texture-digits" else names_of(None, folders), folders)
     found = _evaluation_sets(model, data)
     scores = Scores()
     for name, (loader, groups, classes) in found.items():
@@ -218,7 +218,7 @@ def export(run: str | Path, to: str, out: str | Path, *, pretrained: str = "") -
     return export_checkpoint(find_checkpoint(run, "run"), to, Path(out), pretrained=pretrained)
 
 
-def _folder_of(data: Data) -> Data:
+def folder_of(data: Data) -> Data:
     """The folder behind a name, a path or a torchvision ImageFolder; anything else as it is."""
     if isinstance(data, (str, Path)):
         return str(data)
@@ -227,8 +227,21 @@ def _folder_of(data: Data) -> Data:
     return data
 
 
-def _with_data_classes(model: Model, names: tuple[str, ...], folders: tuple[str, ...], *, renamed: bool = False) -> Model:
-    """The model over the data's classes; renamed: the caller has named them. Raises ValueError where it already has others."""
+def with_data_classes(model: Model, names: tuple[str, ...], folders: tuple[str, ...], *, renamed: bool = False) -> Model:
+    """The model over the data's classes.
+
+    Args:
+        model: with or without classes.
+        names: of the data's classes.
+        folders: of the data's classes.
+        renamed: the caller has named them.
+
+    Returns:
+        The model with these classes.
+
+    Raises:
+        ValueError: it already has others.
+    """
     if model.classifier is None:
         return replace(model.with_classes(names), class_folders=folders)
     if names != model.class_names and (renamed or folders != model.class_folders):
@@ -249,7 +262,7 @@ def _evaluation_sets(model: Model, data: Data) -> dict[str, tuple[Loader, Tensor
 
 
 def _evaluation(model: Model, data: Data) -> tuple[Loader, Tensor | None, int | None]:
-    return next(iter(_evaluation_sets(model, _folder_of(data)).values()))
+    return next(iter(_evaluation_sets(model, folder_of(data)).values()))
 
 
 def _accuracy(classifier: Classifier, loader: Loader, device: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ class Audited(NamedTuple):
     answers: tuple[dict[str, Answers], ...]
     findings: tuple[Findings, ...]
     comparison: Comparison | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The first model's findings as JSON has them; of two models also the other's, and the differences."""
+        record = self.findings[0].to_dict()
+        if self.comparison is not None:
+            record |= {"against": self.findings[1].to_dict(), "comparison": self.comparison.to_dict()}
+        return record
 
 
 @dataclass(frozen=True, kw_only=True)

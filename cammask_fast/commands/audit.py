@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cammask_fast.audit.run import AuditConfig, Audited, Subject, audit_models
-from cammask_fast.audit.trials import choose_images
+from cammask_fast.audit.run import AuditConfig, Audited, audit_models
+from cammask_fast.audit.subject import benchmark_groups, load_subject, read_groups
 from cammask_fast.checkpoint import load_classifier
 from cammask_fast.checkpoint.heads import Classes, same_classes_in_order
 from cammask_fast.checkpoint.source import BEST, find_model
@@ -20,18 +19,15 @@ from cammask_fast.commands.evaluation import refuse_with_checkpoint, tell_seen
 from cammask_fast.commands.predictions import write_csv
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, say_unreadable, zero_shot_model
 from cammask_fast.config import Precision
-from cammask_fast.data.class_names import match_names, some
-from cammask_fast.data.datasets.texture_digits import GROUPS
+from cammask_fast.data.class_names import some
 from cammask_fast.data.factory import BENCHMARK, EvaluationSet, folders_of, names_of, open_evaluation
 from cammask_fast.data.loaders.config import LoaderConfig
-from cammask_fast.data.object_masks import read_images, read_masks
-from cammask_fast.data.text_files import read_numbered_lines
 from cammask_fast.distributed import World
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.precision import compute_dtype, resolve, set_matmul_precision
 from cammask_fast.runtime.env import launched
 from cammask_fast.runtime.files import write_text
-from cammask_fast.runtime.notices import notice, remark
+from cammask_fast.runtime.notices import notice
 from cammask_fast.viz.audit_report import (
     audit_page,
     classes_table,
@@ -76,7 +72,8 @@ def run_audit(args: Options) -> None:
     loader_config = loader_config_of(args, device, args["html"].parent if args["html"] else None)
     name, one = open_set(args["data"], first, loader_config)
     tell_seen({name: one}, first.trained_on)
-    subject = subject_of(one, first.classes, config, loader_config, args["masks"], groups_of(args, one))
+    subject, loader = load_subject(one, first.classes, config, loader_config, masks=args["masks"], groups=groups_of(args, one))
+    say_unreadable(World(), loader)
     models = [(first.name, first.model)]
     if args["against"]:
         models.append((short(args["against"]), open_other(args["against"], "--against", first, args, device)))
@@ -164,79 +161,14 @@ def open_set(data: str, model: Opened, loader_config: LoaderConfig) -> tuple[str
     return next(iter(sets.items()))
 
 
-def subject_of(
-    one: EvaluationSet, classes: Classes, config: AuditConfig, loader_config: LoaderConfig, masks: Path | None,
-    groups: Tensor | None,
-) -> Subject:  # fmt: skip
-    """Read the images of an audit, and their masks where these are given.
-
-    Args:
-        one: the set.
-        classes: of the model.
-        config: says how many images.
-        loader_config: how they are loaded.
-        masks: folder of their masks.
-        groups: int64 (C,), of classes that share a context.
-
-    Returns:
-        The images.
-
-    Raises:
-        ValueError: nothing can be read.
-    """
-    chosen = choose_images(one.labels, config.images, seed=config.seed)
-    if len(chosen) < len(one.labels):
-        kept, known = one.labels[chosen].unique(), one.labels.unique()
-        some_classes = f", from {len(kept)} of {len(known)} classes" if len(kept) < len(known) else ""
-        remark(f"{len(chosen)} of {len(one.labels)} images are audited{some_classes}; --images takes more")
-    batch, loader = read_images(one.loader, chosen, loader_config)
-    say_unreadable(World(), loader)
-    coverage = None if masks is None else read_masks(masks, one.loader, batch.sample_ids.tolist())
-    return Subject(
-        images=batch.images, labels=batch.labels, class_names=shown_names(one.class_folders, classes), logits=one.groups,
-        groups=groups, coverage=coverage,
-    )  # fmt: skip
-
-
-def shown_names(folders: Sequence[str], classes: Classes) -> tuple[str, ...]:
-    """The model's names of class folders, or the folders themselves where two would be called the same."""
-    name_of = dict(zip(classes.folders, classes.names, strict=True))
-    names = tuple(name_of.get(folder, folder) for folder in folders)
-    return names if len(set(names)) == len(names) else tuple(folders)
-
-
 def groups_of(args: Options, one: EvaluationSet) -> Tensor | None:
     """int64 (C,), a number per group of classes that share a context; None where every class is one. Raises ValueError for a
     `--groups` file with a class that is not there."""
     if args["groups"] is not None:
         return read_groups(args["groups"], one.class_folders)
     if args["data"] == BENCHMARK:
-        remark("digits 0-4 share a background, and so do 5-9: they are two groups")
-        return torch.tensor(GROUPS)
+        return benchmark_groups()
     return None
-
-
-def read_groups(file: Path, folders: Sequence[str]) -> Tensor:
-    """Read `--groups`: a line per class, its folder and its group with a tab or a comma between them.
-
-    A class without a line is a group of its own. Raises ValueError for other lines and for classes that are not there.
-    """
-    pairs: dict[str, str] = {}
-    for number, line in read_numbered_lines(file):
-        folder, mark, group = line.rpartition("\t" if "\t" in line else ",")
-        if not mark or not folder.strip() or not group.strip():
-            raise ValueError(f"--groups {file}: line {number}: expected FOLDER<TAB>GROUP, got {line!r}")
-        pairs[folder.strip()] = group.strip()
-    matched, unknown = match_names(list(pairs), folders)
-    if unknown:
-        raise ValueError(f"--groups {file}: no class {some(unknown)}; the classes are {some(folders)}")
-    group_of = dict(zip(matched, pairs.values(), strict=True))
-    alone = [folder for folder in folders if folder not in group_of]
-    if alone:
-        remark(f"--groups {file}: classes that are groups of their own: {len(alone)}, {some(alone)}")
-    names = [("group", group_of[folder]) if folder in group_of else ("class", folder) for folder in folders]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return torch.tensor([numbers[name] for name in names])
 
 
 def show(audited: Audited, args: Options) -> None:
@@ -254,7 +186,7 @@ def show(audited: Audited, args: Options) -> None:
     if args["html"] is not None:
         write_text(args["html"], audit_page(audited, settings_of(args)))
     if args["json"]:
-        print(json.dumps(as_json(audited), indent=1))
+        print(json.dumps(audited.to_dict(), indent=1))
         return
     print(f"{lead(audited)}; object: {object_words(args)}\n")
     for table in (tests_table(audited), reliance_table(audited), classes_table(audited)):
@@ -264,14 +196,6 @@ def show(audited: Audited, args: Options) -> None:
         print(line)
     if args["html"] is not None:
         print(f"written to {args['html']}")
-
-
-def as_json(audited: Audited) -> dict[str, Any]:
-    """What `--json` prints: the first model's findings; with `--against` also those of the other, and the differences."""
-    record = audited.findings[0].to_dict()
-    if audited.comparison is not None:
-        record |= {"against": audited.findings[1].to_dict(), "comparison": audited.comparison.to_dict()}
-    return record
 
 
 def object_words(args: Mapping[str, Any]) -> str:

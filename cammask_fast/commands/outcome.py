@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,17 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cammask_fast.audit.run import AuditConfig, audit_models
+from cammask_fast.audit.subject import benchmark_groups, load_subject
+from cammask_fast.checkpoint.heads import Classes
 from cammask_fast.config import TrainConfig
-from cammask_fast.data.factory import AnyLoader, TrainingData
+from cammask_fast.data.factory import AnyLoader, EvaluationSet, TrainingData
+from cammask_fast.data.loaders.config import LoaderConfig
 from cammask_fast.data.loaders.reading import ReadError
 from cammask_fast.data.loaders.torch_loader import UNREADABLE
 from cammask_fast.data.transforms import Transform, decode
 from cammask_fast.data.types import ArrayLoader
 from cammask_fast.evaluate import PredictionLog, evaluate
 from cammask_fast.model.classifier import Classifier
+from cammask_fast.runtime.files import write_text
 from cammask_fast.runtime.notices import warn
+from cammask_fast.viz.audit_report import left_out_lines, verdicts, view
 from cammask_fast.viz.run_report import SHOWN, counterfactuals, spread_over_classes, thumbnail, worst_images, write_run_report
 
+AUDIT = "audit.json"
 MOST_SKIPPED = 0.01
 """Share of the steps that may be skipped before a run says so."""
 
@@ -62,8 +70,9 @@ def validated(before: float | None, after: float | None) -> str:
 
 
 def report(
-    out: Path, record: Mapping[str, Any], zero_shot: Classifier, best: Classifier, data: TrainingData, config: TrainConfig
-) -> list[str]:
+    out: Path, record: Mapping[str, Any], zero_shot: Classifier, best: Classifier, data: TrainingData, config: TrainConfig,
+    *, audit: LoaderConfig | None = None,
+) -> list[str]:  # fmt: skip
     """Print the alarms of a run and write its report. A report that cannot be made never costs the run.
 
     All processes of a run call it, as they share the validation images; the main process prints and writes.
@@ -75,6 +84,7 @@ def report(
         best: the best checkpoint.
         data: loaders and classes of the run.
         config: settings of the run.
+        audit: how the audited images are loaded; None: no audit.
 
     Returns:
         The alarms.
@@ -109,10 +119,47 @@ def report(
                 gallery = counterfactuals(zero_shot, best, pixels, labels.to(pixels.device), data.class_names, config)
             texts = dict(worst_images(predicted, data.class_names))
             wrong = [thumbnail(image, texts[index]) for index, image in images_of(data.validation, list(texts), size).items()]
-        write_run_report(out, record, gallery=gallery, counts=counts, wrong=wrong, alarms=said)
+        found = None if audit is None else audit_of_run(out, zero_shot, best, data, config, audit)
+        write_run_report(out, record, gallery=gallery, counts=counts, wrong=wrong, alarms=said, audit=found)
     except Exception as error:  # the weights are written: pictures must not turn success into failure
         warn(f"no {out / 'report.html'} ({type(error).__name__}: {error})")
     return said
+
+
+def audit_of_run(
+    out: Path, before: Classifier, best: Classifier, data: TrainingData, config: TrainConfig, loader_config: LoaderConfig
+) -> dict[str, Any] | None:
+    """Audit a run's validation images: the best checkpoint against the model before training, on the same counterfactuals.
+
+    Prints what was found and writes `audit.json`. An audit that cannot be made is a warning.
+
+    Args:
+        out: folder of the run.
+        before: the model before training.
+        best: the best checkpoint.
+        data: loaders and classes of the run.
+        config: settings of the run, of which map and seed count.
+        loader_config: how the images are loaded.
+
+    Returns:
+        What the report shows; None where the images cannot be audited.
+    """
+    assert data.validation is not None
+    classes = Classes(data.class_names, data.class_folders)
+    one = EvaluationSet(data.validation, data.validation.labels, data.class_folders, torch.arange(len(data.class_names)))
+    settings = AuditConfig(cam=config.cam, start_layer=config.cam_start_layer, seed=config.seed)
+    try:
+        groups = benchmark_groups() if isinstance(data.validation, ArrayLoader) else None
+        subject, _ = load_subject(one, classes, settings, loader_config, groups=groups)
+        models = [("fine-tuned", best), *([] if before is best else [("before training", before)])]
+        audited = audit_models(models, subject, settings)
+    except ValueError as error:
+        warn(f"no audit: {error}")
+        return None
+    for line in [*left_out_lines(audited), *verdicts(audited)]:
+        print(f"audit: {line}")
+    write_text(out / AUDIT, json.dumps(audited.to_dict(), indent=1) + "\n")
+    return view(audited)
 
 
 def images_of(loader: AnyLoader | None, sample_ids: Sequence[int], size: int) -> dict[int, Tensor]:

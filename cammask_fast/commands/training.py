@@ -110,6 +110,8 @@ def train_here(
         loader_config=loader_config_of(args, device, out, dist_info),
     )  # fmt: skip
     config = chosen.config
+    if args["audit"] and data.validation is None:
+        raise ValueError("--audit: there are no validation images to audit: give a val/ folder, or --val-share above 0")
     sets = watch(
         data.validation, args["eval"], image_size=vit.image_size, class_folders=data.class_folders,
         config=loader_config_of(args, device, out, dist_info),
@@ -179,7 +181,10 @@ def train_here(
             if trains and not args["keep_optimizer"]:
                 weights = {"student": out / "last.safetensors", "best": out / "best.safetensors"}
                 Checkpoints(out / CHECKPOINTS, settings, warn=warn).drop_moments(weights)
-        report(out, record, start, models["best"], data, config)
+        report(
+            out, record, start, models["best"], data, config,
+            audit=loader_config_of(args, device, out) if args["audit"] else None,
+        )  # fmt: skip
 
 
 def refuse_diverged(out: Path, config: TrainConfig, classes: int, before: float | None, images: int, dist_info: World) -> None:

@@ -220,6 +220,7 @@ def clear(folder: Path) -> None:
         LAUNCH,
         "bad_samples.tsv",
         "report.html",
+        "audit.json",
         WANDB_ID,
     ):
         (folder / name).unlink(missing_ok=True)

@@ -233,6 +233,7 @@ def write_run_report(
     counts: Tensor | None = None,
     wrong: Sequence[Picture] = (),
     alarms: Sequence[str] = (),
+    audit: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `report.html` into a run folder.
 
@@ -243,6 +244,7 @@ def write_run_report(
         counts: confusion counts of the validation images, int64 (K, K).
         wrong: images of the worst classes, from `worst_images` and `thumbnail`.
         alarms: sentences that belong on top.
+        audit: from `audit_report.view`; None: the run was not audited.
 
     Returns:
         The file's path.
@@ -272,6 +274,7 @@ def write_run_report(
         pictures=[*trade_off(record, epochs), *curves(steps, epochs), *([gallery] if gallery else []), *matrix],
         wrong=list(wrong),
         worst=worst,
+        audit=audit,
         settings=[(name, _text(value)) for name, value in settings.items()],
     )
     path = run / "report.html"
