@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args
 
 import cammask_fast
 from cammask_fast import __version__
-from cammask_fast.config import PRECISIONS, Cam, OptimConfig, TrainConfig, options_of
+from cammask_fast.config import PRECISIONS, Cam, CamContrast, OptimConfig, TrainConfig, options_of
 from cammask_fast.recipes.run_recipe import is_recipe_file, option_words
 from cammask_fast.runtime.env import launched
 from cammask_fast.runtime.notices import collecting
@@ -237,8 +237,11 @@ def build_parser() -> Parser:
     mask.add_argument("--checkpoint", metavar="MODEL", help=MODEL)
     mask.add_argument("--donors", type=Path, metavar="FOLDER", help="images to fill from (default: the other photographs)")
     mask.add_argument("--masking", default="", metavar="STRATEGY", help="default: the paper's object and context single-fill")
-    mask.add_argument("--cam", default="mm-cam", choices=("mm-cam", "grad-cam"))
-    mask.add_argument("--cam-start-layer", type=int, default=0, metavar="LAYER", help="first layer of MM-CAM's rollout")
+    mask.add_argument("--cam", default="mm-cam", choices=get_args(Cam), help="which map (default: mm-cam)")
+    text = "first layer that the map takes in (default: all; not for grad-cam)"
+    mask.add_argument("--cam-start-layer", type=int, default=0, metavar="LAYER", help=text)
+    text = "subtract the mean of the other prompts' scores, or the highest (default: none; not for rollout)"
+    mask.add_argument("--cam-contrast", default="none", choices=get_args(CamContrast), help=text)
     mask.add_argument("--seed", type=int, default=0)
     _model(mask)
     _strict(mask)

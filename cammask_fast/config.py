@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from cammask_fast.runtime.suggest import did_you_mean
 
-Cam = Literal["mm-cam", "grad-cam"]
+Cam = Literal["mm-cam", "grad-cam", "legrad", "legrad-final", "rollout"]
+CamContrast = Literal["none", "mean", "runner-up"]
 Precision = Literal["auto", "bf16", "tf32", "fp32"]
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -121,7 +122,11 @@ class TrainConfig:
         "", "strategy under the paper's name, such as CtxMaskMultiFill(0.3) (default: the method's own)", metavar="STRATEGY"
     )
     distill: Literal["", "fd", "kd"] = option("", "distil features (fd) or logits (kd) (default: the method's own)")
-    cam: Cam = option("mm-cam", "class activation map of the object and context masks")
+    cam: Cam = option(
+        "mm-cam",
+        "class activation map of the object and context masks: the paper's (mm-cam), grad-cam, legrad (each layer's own class "
+        "score), legrad-final (the model's class score), or rollout (attention alone, no class)",
+    )
     cam_source: Literal["student", "teacher"] = option(
         "student",
         "whose map masks: of the student as it trains (student, the paper's), or of the frozen teacher (teacher), computed "
@@ -137,7 +142,14 @@ class TrainConfig:
         "whether what the teacher makes of the distilled images (fd: features, kd: logits) is computed at every visit, or once "
         "per image and kept; for clean images, and no-fill masks by the teacher's map",
     )
-    cam_start_layer: int = option(0, "first layer of MM-CAM's rollout; 0, the paper's, is all layers", metavar="LAYER")
+    cam_start_layer: int = option(
+        0, "first layer that the map takes in; 0, the paper's, is all layers (not for grad-cam)", metavar="LAYER"
+    )
+    cam_contrast: CamContrast = option(
+        "none",
+        "what is subtracted from the class score that the map explains: nothing (none, the paper's), the mean of the other "
+        "classes' scores (mean), or the highest of them (runner-up)",
+    )
     upsample: Literal["nearest", "bilinear"] = option("nearest", "how the relevance map is scaled to pixels")
     w_task: float = option(1.0, "weight of the cross-entropy on the clean images")
     w_distill: float = option(30.0, f"weight of the distillation loss ({FITS}: the paper's 30; tiny: its recipe's, 5 or 8)")
@@ -193,6 +205,7 @@ class TrainConfig:
             raise ValueError(f"w_distill: expected 0 or more, got {self.w_distill}")
         if self.cam_start_layer < 0:
             raise ValueError(f"cam_start_layer: expected 0 or more, got {self.cam_start_layer}")
+        check_map(self.cam, start_layer=self.cam_start_layer, contrast=self.cam_contrast)
 
     @property
     def resolved(self) -> Method:
@@ -226,6 +239,35 @@ class TrainConfig:
             if unknown:
                 raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
         return cls(**values, optim=OptimConfig(**optim))
+
+
+def check_map(
+    cam: str, *, start_layer: int = 0, contrast: str = "none", layers: int | None = None, classes: int | None = None
+) -> None:
+    """Refuse a setting that a map cannot honour.
+
+    Args:
+        cam: name of the map.
+        start_layer: first layer that it takes in.
+        contrast: what is subtracted from its class score.
+        layers: of the model, if it is known.
+        classes: of the model, if they are known.
+
+    Raises:
+        ValueError: with what to do instead; also for an unknown map or contrast, and a layer that the model does not have.
+    """
+    if cam not in get_args(Cam):
+        raise ValueError(f"unknown cam {cam!r}; known: {', '.join(get_args(Cam))}")
+    if contrast not in get_args(CamContrast):
+        raise ValueError(f"unknown cam_contrast {contrast!r}; known: {', '.join(get_args(CamContrast))}")
+    if layers is not None and (not isinstance(start_layer, int) or not 0 <= start_layer < layers):
+        raise ValueError(f"cam_start_layer: expected 0..{layers - 1} for this model, got {start_layer}")
+    if cam == "grad-cam" and start_layer:
+        raise ValueError("cam_start_layer: Grad-CAM looks at the last layer only; leave it at 0, or choose another map")
+    if cam == "rollout" and contrast != "none":
+        raise ValueError("cam_contrast: attention rollout has no class score; leave it at none, or choose another map")
+    if classes == 1 and contrast != "none":
+        raise ValueError("cam_contrast: there is one class only; give two or more, or leave it at none")
 
 
 def _check_types(config: object) -> None:

@@ -8,7 +8,7 @@ the masked forward begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +19,8 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.func import functional_call, grad_and_value, vjp
 
 from cammask_fast import distributed
-from cammask_fast.cam import cls_rollout, weighted_activation
-from cammask_fast.config import TrainConfig
+from cammask_fast.cam import map_of, own_layer_gradients, score_weights
+from cammask_fast.config import TrainConfig, check_map
 from cammask_fast.data.types import Batch
 from cammask_fast.distributed.overlap import overlap_options
 from cammask_fast.inductor_options import inductor_options
@@ -102,13 +102,14 @@ class Cotangents(NamedTuple):
 class StudentForward(NamedTuple):
     """One forward of the student, differentiable at its taps and at its weights.
 
-    tap_gradients: maps a cotangent (N, K) of the logits to the gradients at the taps, without any weight gradient.
+    tap_gradients: maps a cotangent (N, K) of the score at the logits to the gradients that the map reads, without any weight
+    gradient.
     pull_back: maps cotangents to weight gradients and adds them to those of the step; the last call of a pass.
     """
 
     prediction: Prediction
     taps: Taps | None
-    tap_gradients: Callable[[Tensor], Sequence[Tensor]]
+    tap_gradients: Callable[[Tensor], Iterable[Tensor]]
     pull_back: Callable[[Cotangents], None]
 
 
@@ -401,8 +402,7 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
         raise ValueError(f"method {config.method!r} trains nothing; use `cammask evaluate` or `cammask zeroshot`")
     if strategy is not None and strategy.threshold is None:
         strategy.k(vit.patches)
-    if config.cam_start_layer >= vit.layers:
-        raise ValueError(f"cam_start_layer: expected 0..{vit.layers - 1} for this model, got {config.cam_start_layer}")
+    check_map(config.cam, start_layer=config.cam_start_layer, contrast=config.cam_contrast, layers=vit.layers)
     layout: dict[str, Any] = {"dtype": dtype, "layout": "patches"}
     by_student = strategy is not None and strategy.needs_cam and not keeps_maps(config)
 
@@ -431,9 +431,8 @@ def step_body(vit: ViTConfig, config: TrainConfig, dtype: torch.dtype) -> LossAn
 
     def relevance_map(clean: StudentForward, labels: Tensor) -> Tensor:
         assert clean.taps is not None
-        at_labels = torch.zeros_like(clean.prediction.logits).scatter_(1, labels[:, None], 1.0)
-        gradients = clean.tap_gradients(at_labels)  # of the sum over the batch of each image's logit at its label
-        return weighted_activation(clean.taps, gradients[0]) if config.cam == "grad-cam" else cls_rollout(clean.taps, gradients)
+        score = score_weights(clean.prediction.logits, labels, config.cam_contrast)  # summed over the batch
+        return map_of(config.cam, clean.taps, clean.tap_gradients(score), start_layer=config.cam_start_layer)
 
     def kept_map(batch: Batch) -> Tensor:
         if batch.relevance is None:
@@ -492,10 +491,17 @@ def eager_forward(student: Classifier, config: TrainConfig, dtype: torch.dtype) 
     Returns:
         A function to call once per step; its result runs the student with the weights of that moment.
     """
+    own = partial(own_layer_gradients, activation=student.visual.config.activation, start_layer=config.cam_start_layer)
     if student.visual.conv1.weight.dtype == dtype:
-        return lambda: _autograd_forward(student, config)
-    weights = ComputeCopy(student, dtype)
-    return lambda: _autograd_forward(partial(_with_weights, student, weights.refreshed()), config)
+        stored = {name: parameter.detach() for name, parameter in student.named_parameters()}
+        return lambda: _autograd_forward(student, config, partial(own, stored))
+    return partial(_forward_of_copy, student, ComputeCopy(student, dtype), config, own)
+
+
+def _forward_of_copy(student: Classifier, weights: ComputeCopy, config: TrainConfig, own: Callable[..., Any]) -> Forward:
+    cast = weights.refreshed()
+    detached = {name: weight.detach() for name, weight in cast.items()}
+    return _autograd_forward(partial(_with_weights, student, cast), config, partial(own, detached))
 
 
 def _with_weights(student: Classifier, weights: dict[str, Tensor], patches: Tensor, **options: Any) -> Prediction:
@@ -503,16 +509,29 @@ def _with_weights(student: Classifier, weights: dict[str, Tensor], patches: Tens
     return prediction
 
 
-def _autograd_forward(call: Callable[..., Prediction], config: TrainConfig) -> Forward:
+OwnGradients = Callable[[Taps, Tensor], Iterable[Tensor]]
+"""`own_layer_gradients` of a model's weights: from detached taps and the score's gradient (N, K) at a layer's logits."""
+
+
+def _autograd_forward(call: Callable[..., Prediction], config: TrainConfig, own: OwnGradients | None = None) -> Forward:
+    """own: for the map that takes each layer's own score."""
+
     def forward(patches: Tensor, masked: MaskedInput | None = None, *, tapped: bool = False) -> StudentForward:
-        taps = Taps() if tapped else None
+        taps = Taps(own_scores=config.cam == "legrad") if tapped else None
         tokens = {} if masked is None else {"kept_tokens": masked.kept_tokens, "key_mask": masked.key_mask}
         prediction = call(patches, taps=taps, **tokens)
         if not prediction.logits.requires_grad:
             raise ValueError(WITHOUT_GRADIENTS)
+        values = taps and taps.detached()
 
-        def tap_gradients(score: Tensor) -> Sequence[Tensor]:
+        def tap_gradients(score: Tensor) -> Iterable[Tensor]:
             assert taps is not None
+            assert values is not None
+            if config.cam == "rollout":
+                return ()
+            if config.cam == "legrad":
+                assert own is not None
+                return own(values, score)
             at: list[Any] = [taps.last_ln_1] if config.cam == "grad-cam" else taps.outputs[config.cam_start_layer :]
             if not at[0].requires_grad:
                 raise ValueError(f"{WITHOUT_GRADIENTS}; a map needs them in the image tower, too")
@@ -523,7 +542,7 @@ def _autograd_forward(call: Callable[..., Prediction], config: TrainConfig) -> F
             torch.autograd.backward([out for out, _ in used], [cot for _, cot in used])
 
         detached = Prediction(prediction.features.detach(), prediction.logits.detach())
-        return StudentForward(detached, taps and taps.detached(), tap_gradients, pull_back)
+        return StudentForward(detached, values, tap_gradients, pull_back)
 
     return forward
 
@@ -546,7 +565,7 @@ def _functional_forward(
         probes: list[Tensor] = []
         if tapped and config.cam == "grad-cam":
             probes = [zeros(len(patches), vit.patches + 1, vit.width)]
-        elif tapped:
+        elif tapped and config.cam in ("mm-cam", "legrad-final"):
             rows = [vit.patches + 1] * (vit.layers - 1) + [1]
             probes = [zeros(len(patches), vit.heads, row, vit.width // vit.heads) for row in rows]
 
@@ -554,13 +573,23 @@ def _functional_forward(
             taps = None
             if tapped:
                 taps = Taps(ln_1_probe=probes[0]) if config.cam == "grad-cam" else Taps(output_probes=probes)
+                taps.own_scores = config.cam == "legrad"
             prediction = functional_call(student, {**frozen, **weights}, (patches,), {"taps": taps, **tokens})
-            tapped_values = [] if taps is None else [taps.queries, taps.keys, taps.values, taps.last_ln_1]
+            tapped_values = []
+            if taps is not None:
+                last_ln_1 = [] if taps.last_ln_1 is None else [taps.last_ln_1]
+                tapped_values = [taps.queries, taps.keys, taps.values, taps.attended, taps.hidden, taps.pooled, last_ln_1]
             return (prediction.features, prediction.logits), tapped_values
 
         (features, logits), pullback, values = vjp(run, trained, probes, has_aux=True)  # type: ignore[misc]
 
-        def tap_gradients(score: Tensor) -> Sequence[Tensor]:
+        def tap_gradients(score: Tensor) -> Iterable[Tensor]:
+            if config.cam == "rollout":
+                return ()
+            if config.cam == "legrad":
+                assert taps is not None
+                weights, start = {**frozen, **trained}, config.cam_start_layer
+                return own_layer_gradients(weights, taps, score, activation=vit.activation, start_layer=start)
             gradients = pullback((torch.zeros_like(features), score))[1]
             return gradients if config.cam == "grad-cam" else gradients[config.cam_start_layer :]
 
@@ -568,7 +597,11 @@ def _functional_forward(
             given = (torch.zeros_like(out) if c is None else c for out, c in zip((features, logits), cotangents, strict=True))
             found.append(pullback(tuple(given))[0])
 
-        taps = Taps(queries=values[0], keys=values[1], values=values[2], last_ln_1=values[3]) if tapped else None
+        taps = None
+        if tapped:
+            *lists, last_ln_1 = values
+            names = ("queries", "keys", "values", "attended", "hidden", "pooled")
+            taps = Taps(**dict(zip(names, lists, strict=True)), last_ln_1=last_ln_1[0] if last_ln_1 else None)
         return StudentForward(Prediction(features, logits), taps, tap_gradients, pull_back)
 
     return forward

@@ -306,9 +306,10 @@ def _debug_bundle(state: TrainState, config: TrainConfig, parts: Parts, run: Run
         for batch, draws in parts:
             finite.append(student(normalise(batch.images, dtype=student.head.weight.dtype)).logits.isfinite().all(1))
             if strategy is not None and draws is not None:
-                with torch.enable_grad():
-                    cam = relevance_of(student, batch.images, batch.labels, config.cam) if strategy.needs_cam else None
-                cam = cam if batch.relevance is None else batch.relevance.float()
+                cam = None if batch.relevance is None else batch.relevance.float()
+                if strategy.needs_cam and cam is None:
+                    start, contrast = config.cam_start_layer, config.cam_contrast
+                    cam = relevance_of(student, batch.images, batch.labels, config.cam, start_layer=start, contrast=contrast)
                 masks.append(counterfactual(batch.images, cam, strategy, draws, grid=vit.grid).mask)
     ids = torch.cat([batch.sample_ids for batch, _ in parts]).to(finite[0].device)
     tensors = {"sample_ids": ids, "finite": torch.cat(finite).to(torch.uint8)}

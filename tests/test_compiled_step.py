@@ -40,7 +40,7 @@ from tests.test_step import CONFIGS, TINY, batch, classifier, pair
 pytestmark = pytest.mark.slow  # nearly every test compiles a step
 COMPILED = [
     "ft", "ft-fd", "ft-kd", "masked-object", "masked-topk", "random-multi", "object-no-fill", "random-no-fill", "context-top-k",
-    "kd-no-fill", "grad-cam", "late-layers", "bilinear",
+    "kd-no-fill", "grad-cam", "late-layers", "bilinear", "legrad",
 ]  # fmt: skip
 OTHER_STRATEGIES = ["object-multi", "context-multi", "context-no-fill", "masked-random"]
 STEPS = 5

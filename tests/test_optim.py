@@ -137,7 +137,7 @@ def test_config_round_trips_and_refuses_unknown_keys() -> None:
     ("settings", "message"),
     [
         ({"method": "magic"}, "unknown method 'magic'; known: zeroshot, lp, ft"),
-        ({"cam": "x"}, "known: mm-cam, grad-cam"),
+        ({"cam": "x"}, "known: mm-cam, grad-cam, legrad"),
         ({"epochs": 0}, "epochs: expected a positive"),
         ({"batch_size": 10, "accumulate": 3}, "does not divide"),
         ({"alpha": 1.5}, "alpha"),

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from cammask_fast import step as step_module
-from cammask_fast.cam import cls_rollout, grad_cam, mm_cam
+from cammask_fast.cam import cls_rollout, grad_cam, mm_cam, relevance_of
+from cammask_fast.cam import maps as maps_module
 from cammask_fast.config import OptimConfig, TrainConfig
 from cammask_fast.data.sampler import ResumableDistributedSampler
 from cammask_fast.data.types import ArrayLoader, Batch
@@ -48,6 +49,10 @@ CONFIGS = {
     "grad-cam": replace(FD, method="masked-object", cam="grad-cam"),
     "late-layers": replace(FD, method="masked-object", cam_start_layer=1),
     "bilinear": replace(FD, method="masked-context", upsample="bilinear"),
+    "legrad": replace(FD, method="masked-object", cam="legrad", cam_start_layer=1, cam_contrast="runner-up"),
+    "legrad-final": replace(FD, method="masked-topk", cam="legrad-final", cam_start_layer=1),
+    "rollout": replace(FD, method="masked-object", cam="rollout"),
+    "contrast": replace(FD, method="masked-object", cam_contrast="mean"),
 }
 
 
@@ -96,10 +101,14 @@ def written_out(
         taps = Taps()
         logits = student(clean, taps=taps).logits
         cam = None
+        start, contrast = config.cam_start_layer, config.cam_contrast
         if strategy.needs_cam and config.cam == "grad-cam":
-            cam = grad_cam(logits, data.labels, taps)
-        elif strategy.needs_cam:
-            cam = mm_cam(logits, data.labels, taps, start_layer=config.cam_start_layer)
+            cam = grad_cam(logits, data.labels, taps, contrast=contrast)
+        elif strategy.needs_cam and config.cam == "mm-cam":
+            cam = mm_cam(logits, data.labels, taps, start_layer=start, contrast=contrast)
+        elif strategy.needs_cam:  # tests/test_maps.py has their definitions
+            options = {"start_layer": start, "contrast": contrast, "dtype": torch.float64}
+            cam = relevance_of(student, data.images, data.labels, config.cam, **options)  # type: ignore[arg-type]
         cam = cam if data.relevance is None else data.relevance.double()
         shown = counterfactual(images, cam, strategy, draws, grid=TINY.grid)
         pixels = normalise(shown.images, dtype=torch.float64)
@@ -245,7 +254,7 @@ def test_a_relevance_that_is_not_finite_reaches_the_loss(monkeypatch: pytest.Mon
     def broken_rollout(taps: Taps, gradients: Sequence[Tensor]) -> Tensor:
         return cls_rollout(taps, gradients).index_fill(1, torch.tensor([2]), value)
 
-    monkeypatch.setattr(step_module, "cls_rollout", broken_rollout)
+    monkeypatch.setattr(maps_module, "cls_rollout", broken_rollout)
     config, data = replace(FD, masking=masking), batch()
     losses = build_step(*pair(), config)(data, draws_for(config, data))
     assert losses.task.isfinite()

@@ -56,14 +56,14 @@ def forward(model: typed.Model, *, frozen: bool = False) -> tuple[Tensor, Taps]:
         (lambda m: m.predict(None), "images: expected paths, PIL images, .* got NoneType"),
         (lambda m: m.predict(3), "images: expected paths, PIL images, .* got int"),
         (lambda m: m.predict([np.zeros((4, 4))]), r"got ndarray float64 \(4, 4\)"),
-        (lambda m: cf.cam(m, IMAGES, "one", kind="gradcam"), "unknown cam 'gradcam'; known: mm-cam, grad-cam"),
+        (lambda m: cf.cam(m, IMAGES, "one", kind="gradcam"), "unknown cam 'gradcam'; known: mm-cam, grad-cam, legrad"),
         (lambda m: cf.cam(m, IMAGES, "one", kind=None), "unknown cam None"),
         (lambda m: cf.cam(m, IMAGES, None), "prompts: expected a list of texts, got None"),
         (lambda m: cf.cam(m, IMAGES, [0, 1, 0, 1]), "prompts: expected texts that are not empty, got 0"),
         (lambda m: cf.cam(m, IMAGES, ""), "prompts: expected texts that are not empty, got ''"),
         (lambda m: cf.cam(m, IMAGES[:0], "one"), "images: expected at least one"),
-        (lambda m: cf.cam(m, IMAGES, "one", start_layer=-1), r"cam_start_layer: expected 0\.\.3, got -1"),
-        (lambda m: cf.cam(m, IMAGES, "one", start_layer="1"), r"cam_start_layer: expected 0\.\.3, got 1"),
+        (lambda m: cf.cam(m, IMAGES, "one", start_layer=-1), r"cam_start_layer: expected 0\.\.3 for this model, got -1"),
+        (lambda m: cf.cam(m, IMAGES, "one", start_layer="1"), r"cam_start_layer: expected 0\.\.3 for this model, got 1"),
         (lambda m: cf.cam(m, IMAGES, "one", kind="grad-cam", start_layer=1), "Grad-CAM looks at the last layer only"),
         (lambda m: cf.cam(m.with_head(), IMAGES, "one"), "model: expected a model from cf.load .* got Classifier"),
         (lambda m: cf.counterfactual(m, IMAGES, "one", masking=None), "unknown masking strategy None"),
@@ -193,7 +193,7 @@ def _with_labels(given: tuple[Tensor, Taps]) -> tuple[Tensor, Tensor, Taps]:
 def test_relevance_refuses_what_it_does_not_know(model: typed.Model) -> None:
     classifier = model.with_head()
     for cam in ("mmcam", "MM-CAM", "", "gradcam", None):
-        with pytest.raises(ValueError, match=r"unknown cam .*; known: mm-cam, grad-cam"):
+        with pytest.raises(ValueError, match=r"unknown cam .*; known: mm-cam, grad-cam, legrad"):
             relevance_of(classifier, IMAGES, LABELS, cam)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"labels: expected int64 \(4,\)"):
         relevance_of(classifier, IMAGES, LABELS[:1], "mm-cam")

@@ -235,5 +235,5 @@ def test_a_frozen_model_has_a_map_even_without_grad(cam: str) -> None:
     assert expected.any()
     assert torch.equal(found, expected)
     assert not torch.equal(relevance_of(model, images, labels, "mm-cam", start_layer=2), expected)
-    with pytest.raises(ValueError, match="unknown cam 'gradcam'; known: mm-cam, grad-cam"):
+    with pytest.raises(ValueError, match="unknown cam 'gradcam'; known: mm-cam, grad-cam, legrad"):
         relevance_of(model, images, labels, "gradcam")

@@ -19,11 +19,13 @@ from bench.records import Function, gpu_environment
 from cammask_fast.kernels.backend import set_backend
 from cammask_fast.kernels.cls_relevance import cls_relevance
 from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
+from cammask_fast.kernels.legrad import legrad
 from cammask_fast.kernels.masked_fill import masked_fill
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.kernels.patch_select import patch_select
 from cammask_fast.kernels.reference.cls_relevance import cls_relevance as reference_cls_relevance
 from cammask_fast.kernels.reference.counterfactual_batch import counterfactual_batch as reference_counterfactual_batch
+from cammask_fast.kernels.reference.legrad import legrad as reference_legrad
 from cammask_fast.kernels.reference.masked_fill import normalised_fill
 from cammask_fast.kernels.reference.normalise import normalise as reference_normalise
 from cammask_fast.kernels.reference.patch_select import PatchSelection
@@ -40,6 +42,7 @@ OPS = (
     "normalise",
     "masked_fill multi",
     "patch_select top-k",
+    "legrad layer",
 )
 """An op and its mode."""
 COMPARED = 8
@@ -97,6 +100,8 @@ def build(op: str, arch: str, batch: int, device: torch.device) -> Work:
     patches = (SIDE // size) ** 2
     if name == "cls_relevance":
         return _relevance(patches + 1, HEADS[arch], batch, 1 if mode == "last-layer" else patches + 1, generator)
+    if name == "legrad":
+        return _legrad(patches + 1, HEADS[arch], batch, generator)
     relevance = torch.rand(batch, patches, generator=generator, device=device)
     if name == "patch_select":
         return _selection(relevance.clamp(min=0.3), patches // 2)  # ties, as a map that is mostly zero has them
@@ -152,6 +157,23 @@ def _relevance(length: int, heads: int, batch: int, rows: int, generator: torch.
         inputs=inputs, tail=tuple(tensor[-COMPARED:] for tensor in inputs), dtype=torch.bfloat16,
         bytes=sum(tensor.numel() * tensor.itemsize for tensor in (*inputs, relevance)),
         flops=2 * product + 2 * batch * rows * length if rows > 1 else 0,
+    )  # fmt: skip
+
+
+def _legrad(length: int, heads: int, batch: int, generator: torch.Generator) -> Work:
+    packed, grad = (
+        torch.randn(batch, length, parts * heads * HEAD_WIDTH, generator=generator, device=generator.device).to(torch.bfloat16)
+        for parts in (3, 1)
+    )
+    v, grad = (x.unflatten(-1, (heads, HEAD_WIDTH)).transpose(1, 2) for x in (packed.chunk(3, -1)[2], grad))
+    inputs = (torch.rand(batch, heads, length, generator=generator, device=generator.device), v, grad)
+    return Work(
+        ours=lambda *x: (legrad(*x),),
+        reference=lambda *x: (reference_legrad(*x),),
+        gold=lambda *x: (reference_legrad(*(tensor.double() for tensor in x)),),
+        inputs=inputs, tail=tuple(tensor[-COMPARED:] for tensor in inputs), dtype=torch.bfloat16,
+        bytes=sum(tensor.numel() * tensor.itemsize for tensor in (*inputs, inputs[0])),
+        flops=2 * batch * heads * length * length * HEAD_WIDTH,
     )  # fmt: skip
 
 

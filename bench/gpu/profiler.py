@@ -17,7 +17,7 @@ TOP = 20
 CLASSES = (
     ("attention", re.compile(r"cudnn.*(sdpa|fprop|bprop)|flash_(fwd|bwd)|fmha|AttentionKernel|mem_eff", re.I)),
     ("compiler's Triton kernels", re.compile(r"^triton_")),
-    ("own kernels", re.compile(r"^_(cls_relevance|counterfactual|masked_fill|normalise|patch_select)\w*")),
+    ("own kernels", re.compile(r"^_(cls_relevance|legrad|counterfactual|masked_fill|normalise|patch_select)\w*")),
     ("matrix products", re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitK", re.I)),
     ("copies and fills of memory", re.compile(r"^Mem(cpy|set)", re.I)),
 )

@@ -9,6 +9,7 @@ import torch
 from cammask_fast.kernels.backend import set_backend
 from cammask_fast.kernels.cls_relevance import cls_relevance
 from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
+from cammask_fast.kernels.legrad import legrad
 from cammask_fast.kernels.masked_fill import masked_fill
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.kernels.patch_select import patch_select
@@ -27,7 +28,8 @@ def run_all(device: torch.device) -> int:
         for rows in (length, 1):
             cls_relevance(relevance, q[:, :, :rows], k, v, v[:, :, :rows])
             cls_relevance(relevance, q[:, :, :rows], k, v, v[:, :, :rows], lse=lse[:, :, :rows])
-            calls += 2
+            legrad(lse, v, v[:, :, :rows])
+            calls += 3
     for grid, size in ((3, 16), (2, 14), (3, 5)):
         count, side, patches = 3, grid * size, grid * grid
         pixels = torch.randint(0, 256, (count, side, side, 3), device=device, dtype=torch.uint8)

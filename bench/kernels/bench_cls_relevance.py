@@ -58,13 +58,13 @@ def check(ours: Tensor, inputs: tuple[Tensor, ...], pytorch: Tensor) -> None:
     assert error <= 2 * allowed + torch.finfo(torch.float32).eps * gold.abs().max().item()
 
 
-def measure(benchmark: Any, function: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> None:
+def measure(benchmark: Any, function: Callable[[], Tensor], flops: int) -> None:
     """Time a function after a warm-up, waiting for the GPU where there is one; achieved TFLOP/s goes into the record.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         function: to time.
-        inputs: from `layer`, for the number of operations.
+        flops: floating-point operations of a call.
     """
 
     def waiting() -> None:
@@ -73,7 +73,6 @@ def measure(benchmark: Any, function: Callable[[], Tensor], inputs: tuple[Tensor
             torch.cuda.synchronize()
 
     benchmark.pedantic(waiting, rounds=15, warmup_rounds=3)
-    flops = cls_relevance_flops(*(x.shape for x in inputs))
     benchmark.extra_info["tflop_per_s"] = flops / benchmark.stats.stats.median / 1e12
 
 
@@ -91,16 +90,17 @@ def cores() -> Iterator[None]:
 @pytest.mark.parametrize("model", SHAPES)
 def test_cls_relevance_cuda(benchmark: Any, model: str, count: int, provider: str) -> None:
     inputs = layer(count, *SHAPES[model], "cuda", torch.bfloat16)
+    flops = cls_relevance_flops(*(x.shape for x in inputs))
     pytorch = reference_cls_relevance(*inputs)
     if provider == "triton":
         previous = set_backend("triton")
         check(cls_relevance(*inputs), inputs, pytorch)
-        measure(benchmark, lambda: cls_relevance(*inputs), inputs)
+        measure(benchmark, lambda: cls_relevance(*inputs), flops)
         set_backend(previous)
         return
     function = torch.compile(reference_cls_relevance) if provider == "compiled" else reference_cls_relevance
     check(function(*inputs), inputs, pytorch)
-    measure(benchmark, lambda: function(*inputs), inputs)
+    measure(benchmark, lambda: function(*inputs), flops)
 
 
 @CPU_ONLY
@@ -117,4 +117,4 @@ def test_cls_relevance_cpu(benchmark: Any, model: str, provider: str) -> None:
     torch.testing.assert_close(cls_relevance(top, *inputs[1:]), whole)
     function = rollout_op_by_op if provider == "op-by-op" else cls_relevance
     first = rollout if provider == "op-by-op" else top
-    measure(benchmark, lambda: function(first, *inputs[1:]), inputs)
+    measure(benchmark, lambda: function(first, *inputs[1:]), cls_relevance_flops(*(x.shape for x in inputs)))

@@ -28,6 +28,7 @@ from cammask_fast.kernels.cls_relevance import (
 )
 from cammask_fast.kernels.counterfactual_batch import plan_counterfactual_batch
 from cammask_fast.kernels.launch import Launch
+from cammask_fast.kernels.legrad import plan_legrad
 from cammask_fast.kernels.masked_fill import plan_masked_fill
 from cammask_fast.kernels.normalise import plan_normalise
 from cammask_fast.kernels.patch_select import plan_patch_select
@@ -58,7 +59,7 @@ MODELS = {
     "ViT-L/14-336": Arch(576, 14, 16),
 }
 RELEVANCE_ONLY = ("one-head", "ViT-L/14-336")
-"""Shapes that only the relevance is compiled for."""
+"""Shapes that only the relevance and LeGrad are compiled for."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IMAGE = 224
 
@@ -99,6 +100,15 @@ def plan(op: str, configuration: str) -> list[Launch]:
         scratch = meta(2, *k.shape[:3]) if needs_statistics(q, k, lse, shared) else None
         above = None if "last" in options else added
         return plan_cls_relevance(relevance, added, scratch, relevance, above, q, k, v, grad_out, lse, shared=shared)
+    if op == "legrad":
+        width = 32 if "d32" in options else 64
+        v = meta(BATCH, arch.length, 3 * arch.heads * width, dtype=dtype).chunk(3, -1)[2]
+        v = v.unflatten(-1, (arch.heads, width)).transpose(1, 2)
+        grad_out = meta(BATCH, arch.length, arch.heads, width, dtype=dtype).transpose(1, 2)
+        total = meta(*v.shape[:3])
+        return plan_legrad(
+            total, None if "first" in options else total, v, grad_out[:, :, :1] if "last" in options else grad_out
+        )
     relevance = meta(BATCH, arch.patches)
     top_k = _top_k(options, arch.patches)
     if op == "patch_select":
@@ -148,6 +158,7 @@ def cases() -> list[Case]:
         for dtype in DTYPES:
             names = ("layer",) if dtype == "fp16" else ("layer", "lse layer", "last")
             found += [case for name in names for case in _relevance(model, dtype, name)]
+            found += [_legrad(f"{model} {dtype} layer")]
             found += [Case("normalise", f"{model} {dtype} {layout}", 0, wide) for layout in ("nchw", "patches")]
             found += [Case("masked_fill", f"{model} {dtype} single patches", 0, wide)]
             found += [
@@ -172,7 +183,14 @@ def cases() -> list[Case]:
         found += _relevance("ViT-L/14-336", "bf16", name)
     for configuration in ("bf16 layer", "fp32 layer", "fp32 last"):  # Triton makes a constant of a single head
         found += _relevance("one-head", *configuration.split())
+    for configuration in ("ViT-B/16 bf16 first layer", "ViT-B/16 bf16 last", "ViT-B/16 fp32 last", "ViT-B/16 bf16 d32 layer",
+                          "ViT-B/16 fp32 d32 layer", "ViT-L/14-336 bf16 layer", "one-head bf16 layer"):  # fmt: skip
+        found.append(_legrad(configuration))
     return found
+
+
+def _legrad(configuration: str) -> Case:
+    return Case("legrad", configuration, 0, "" if "fp32" in configuration or "last" in configuration else "matrix")
 
 
 def _relevance(model: str, dtype: str, name: str) -> list[Case]:
@@ -198,7 +216,17 @@ def bytes_moved(case: Case) -> tuple[int, int]:
     if case.op in ("normalise", "masked_fill", "counterfactual_batch"):
         floor = pixels * ((4 if "float" in options else 1) + item)
         return floor, floor  # each pixel is loaded once; maps, masks and donors are a thousandth of it
-    return relevance_bytes(plan(case.op, case.configuration)[case.launch])
+    launch = plan(case.op, case.configuration)[case.launch]
+    return legrad_bytes(launch) if case.op == "legrad" else relevance_bytes(launch)
+
+
+def legrad_bytes(launch: Launch) -> tuple[int, int]:
+    """(moved, floor) of one launch of LeGrad's sum: every program reads all rows of the gradient."""
+    v, grad = launch.arguments["v_ptr"], launch.arguments["grad_out_ptr"]
+    count, heads, length, _ = v.shape
+    sums = (2 if launch.arguments["HAS_TOTAL"] else 1) * count * heads * length * 4
+    tiles = launch.grid[0] // (count * heads)
+    return v.nbytes + tiles * grad.nbytes + sums, v.nbytes + grad.nbytes + sums
 
 
 def relevance_bytes(launch: Launch) -> tuple[int, int]:

@@ -33,21 +33,32 @@ class Maps:
 
 
 @torch.inference_mode(False)
-def cam(model: Model, images: Any, prompts: str | Sequence[str], *, kind: str = "mm-cam", start_layer: int = 0) -> Maps:
+def cam(
+    model: Model,
+    images: Any,
+    prompts: str | Sequence[str],
+    *,
+    kind: str = "mm-cam",
+    start_layer: int = 0,
+    contrast: str = "none",
+) -> Maps:
     """Class activation maps of images for prompts or classes.
 
     Args:
         model: from `load` or `fine_tune`.
         images: paths, PIL images, or a tensor as `to_uint8` takes it, of the model's size.
         prompts: one for all images, or one per image: any text for a model with a text tower, else names of its classes.
-        kind: `mm-cam` or `grad-cam`.
-        start_layer: first layer of MM-CAM's rollout.
+        kind: `mm-cam`, `grad-cam`, `legrad`, `legrad-final` or `rollout`, see docs/maps.md.
+        start_layer: first layer that the map takes in; not for `grad-cam`.
+        contrast: what is subtracted from the explained score: `none`, the `mean` of the other classes, or the highest of them
+            (`runner-up`); not for `rollout`. The classes are the different prompts, or those of a fine-tuned model.
 
     Returns:
         The images at the model's size and their maps, on the CPU.
 
     Raises:
-        ValueError: for an unknown map, a prompt that a fine-tuned model has no class for, or images that cannot be read.
+        ValueError: for an unknown map, settings that it cannot honour, a prompt that a fine-tuned model has no class for, or
+            images that cannot be read.
     """
     pixels = as_model(model).pixels(images)
     if not len(pixels):
@@ -57,9 +68,7 @@ def cam(model: Model, images: Any, prompts: str | Sequence[str], *, kind: str = 
     if len(asked) != len(pixels):
         raise ValueError(f"prompts: expected one, or one per image ({len(pixels)}), got {len(asked)}")
     classifier, labels = _for_prompts(model, asked)
-    if start_layer and kind == "grad-cam":
-        raise ValueError("start_layer: Grad-CAM looks at the last layer only; MM-CAM starts at a layer")
-    relevance = relevance_of(classifier, pixels, labels, kind, start_layer=start_layer)
+    relevance = relevance_of(classifier, pixels, labels, kind, start_layer=start_layer, contrast=contrast)
     grid = model.visual.config.grid
     return Maps(images=pixels.cpu(), relevance=normalise_relevance(relevance).view(-1, grid, grid).cpu(), prompts=asked)
 

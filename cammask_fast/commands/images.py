@@ -35,7 +35,7 @@ def run_mask(args: Options) -> None:
         look = look_with_checkpoint(source.checkpoint, prompts, device)
     written = mask_photographs(
         photographs_of(args["images"]), look, out=args["out"], donors=args["donors"], masking=args["masking"],
-        cam=args["cam"], cam_start_layer=args["cam_start_layer"], seed=args["seed"],
+        cam=args["cam"], cam_start_layer=args["cam_start_layer"], cam_contrast=args["cam_contrast"], seed=args["seed"],
     )  # fmt: skip
     pages = f"{written[0]} to {written[-1].name} ({len(written)} pages)" if len(written) > 1 else written[0]
     print(f"written to {pages}")

@@ -7,6 +7,7 @@ known is noted on the host, where the loaders leave the ids, so that the host ne
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,13 +200,14 @@ def kept_relevance(model: Classifier, images: Tensor, labels: Tensor, config: Tr
         model: stored in any type of the products.
         images: uint8 (N, H, W, 3).
         labels: int64 (N,).
-        config: kind and first layer of the map.
+        config: kind, first layer and contrast of the map.
 
     Returns:
         float16 (N, P), in [0, 1].
     """
     dtype = model.visual.conv1.weight.dtype
-    found = relevance_of(model, images, labels, config.cam, start_layer=config.cam_start_layer, dtype=dtype)
+    options: dict[str, Any] = {"start_layer": config.cam_start_layer, "contrast": config.cam_contrast}
+    found = relevance_of(model, images, labels, config.cam, **options, dtype=dtype)
     return normalise_relevance(found).to(torch.float16)
 
 

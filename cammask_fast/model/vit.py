@@ -70,6 +70,9 @@ class Taps:
     outputs: the attention outputs before out_proj, shaped like the queries; MM-CAM takes gradients at them.
     logsumexps: per layer what `saved_logsumexp` gives, where the taps were detached from autograd's graph; empty elsewhere.
     last_ln_1: (N, L, D), ln_1 of the last block; Grad-CAM takes the gradient at it.
+    own_scores: record what LeGrad's scores of single layers are made of, with all tokens in the last layer, too. Then also, per
+    layer: attended (N, L, D), the residual stream between attention and MLP; hidden (N, L, 4D), what the MLP's activation
+    takes (times 1.702 for quick_gelu); pooled (N, D), the mean over tokens of the layer's output, in float32 at least.
     output_probes, ln_1_probe: zeros that the caller may give in the shapes of `outputs` and `last_ln_1`. They are added there,
     so that a functional transform, which differentiates with respect to inputs only, finds the same gradients at them.
     """
@@ -82,6 +85,10 @@ class Taps:
     last_ln_1: Tensor | None = None
     output_probes: Sequence[Tensor] = ()
     ln_1_probe: Tensor | None = None
+    own_scores: bool = False
+    attended: list[Tensor] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    pooled: list[Tensor] = field(default_factory=list)
 
     def detached(self) -> Taps:
         """The same values outside autograd's graph, without the probes."""
@@ -90,7 +97,11 @@ class Taps:
         )
         logsumexps = [saved_logsumexp(output) for output in self.outputs]
         last_ln_1 = None if self.last_ln_1 is None else self.last_ln_1.detach()
-        return Taps(queries, keys, values, outputs, logsumexps, last_ln_1)
+        attended, hidden, pooled = ([tensor.detach() for tensor in taps] for taps in (self.attended, self.hidden, self.pooled))
+        return Taps(
+            queries, keys, values, outputs, logsumexps, last_ln_1,
+            own_scores=self.own_scores, attended=attended, hidden=hidden, pooled=pooled,
+        )  # fmt: skip
 
 
 def saved_logsumexp(output: Tensor) -> Tensor | None:
@@ -197,14 +208,39 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, width)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x, (..., D), to the same shape."""
-        if self.activation == "gelu":
+    def forward(self, x: Tensor, *, taps: Taps | None = None) -> Tensor:
+        """Map x, (..., D), to the same shape; what the activation takes goes to `taps`, if its `own_scores` asks for it."""
+        recorded = taps.hidden if taps is not None and taps.own_scores else None
+        if self.activation == "gelu" and recorded is None:
             return self.c_proj(F.gelu(self.c_fc(x)))
         hidden = self.c_fc(x)
-        if torch.compiler.is_compiling():  # the compiler fuses the formula itself
-            return self.c_proj(F.silu(1.702 * hidden) * (1 / 1.702))
-        return self.c_proj(_QuickGELU.apply(hidden))
+        if self.activation == "gelu":
+            active = F.gelu(hidden)
+        elif torch.compiler.is_compiling():  # the compiler fuses the formula itself
+            hidden = 1.702 * hidden
+            active = F.silu(hidden) * (1 / 1.702)
+        else:
+            active = _QuickGELU.apply(hidden)  # which has multiplied it
+        if recorded is not None:
+            recorded.append(hidden)
+        return self.c_proj(active)
+
+
+def activation_gradient(gradient: Tensor, hidden: Tensor, activation: str) -> Tensor:
+    """The gradient before an MLP's activation.
+
+    Args:
+        gradient: behind the activation, as it broadcasts to hidden.
+        hidden: (N, L, 4D), as `Taps.hidden` has it.
+        activation: `quick_gelu` or `gelu`.
+
+    Returns:
+        (N, L, 4D).
+    """
+    gradient = gradient.expand_as(hidden)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(gradient, hidden)
+    return torch.ops.aten.silu_backward(gradient, hidden)  # of 1.702 x: the factor is in both, see _QuickGELU
 
 
 class Block(nn.Module):
@@ -241,7 +277,11 @@ class Block(nn.Module):
                 normed = normed + taps.ln_1_probe
             taps.last_ln_1 = normed
         x = (x[:, :1] if cls_only else x) + self.attn(normed, key_mask=key_mask, cls_only=cls_only, taps=taps)
-        return x + self.mlp(self.ln_2(x))
+        out = x + self.mlp(self.ln_2(x), taps=taps)
+        if taps is not None and taps.own_scores:
+            taps.attended.append(x)
+            taps.pooled.append(out.mean(1, dtype=torch.promote_types(out.dtype, torch.float32)))
+        return out
 
 
 class Transformer(nn.Module):
@@ -316,5 +356,9 @@ class VisionTransformer(nn.Module):
             key_mask = F.pad(key_mask, (1, 0))  # CLS is never masked
         last = len(self.transformer.resblocks) - 1
         for layer, block in enumerate(self.transformer.resblocks):
+            if layer == last and taps is not None and taps.own_scores:  # all tokens for the map, CLS for the prediction
+                with torch.no_grad():
+                    block(x.detach(), key_mask=key_mask, cls_only=False, taps=taps)
+                taps = None
             x = block(x, key_mask=key_mask, cls_only=layer == last, taps=taps)
         return self.ln_post(x[:, 0].to(self.proj.dtype)) @ self.proj

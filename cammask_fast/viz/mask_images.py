@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,22 +67,23 @@ class Look(NamedTuple):
             device = self.model.head.weight.device
             return torch.cat([self.model(normalise(part.to(device))).logits.argmax(1).cpu() for part in self.parts(images)])
 
-    def maps(self, images: Tensor, labels: Tensor, cam: str, start_layer: int) -> Tensor:
+    def maps(self, images: Tensor, labels: Tensor, cam: str, start_layer: int, contrast: str = "none") -> Tensor:
         """Maps of images, computed a few images at a time.
 
         Args:
             images: uint8 (N, H, W, 3).
             labels: int64 (N,), the logits that are explained.
-            cam: `mm-cam` or `grad-cam`.
-            start_layer: first layer of MM-CAM's rollout.
+            cam: name of the map.
+            start_layer: first layer that it takes in.
+            contrast: what is subtracted from its class score.
 
         Returns:
             float32 (N, P) on the CPU, not normalised.
         """
         device = self.model.head.weight.device
         pairs = zip(self.parts(images), self.parts(labels), strict=True)
-        found = [relevance_of(self.model, i.to(device), n.to(device), cam, start_layer=start_layer).cpu() for i, n in pairs]
-        return torch.cat(found)
+        options: dict[str, Any] = {"start_layer": start_layer, "contrast": contrast}
+        return torch.cat([relevance_of(self.model, i.to(device), n.to(device), cam, **options).cpu() for i, n in pairs])
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Pieces of about `TOKENS_OF_A_GRAPH` tokens."""
@@ -150,6 +151,7 @@ def mask_photographs(
     masking: str = "",
     cam: str = "mm-cam",
     cam_start_layer: int = 0,
+    cam_contrast: str = "none",
     seed: int = 0,
 ) -> list[Path]:
     """Write a PNG with a row per photograph and prompt: the image, its CAM, and each strategy's mask and counterfactual.
@@ -163,8 +165,9 @@ def mask_photographs(
         out: the PNG; for more than `ROWS_OF_A_PAGE` rows several, with numbers before the suffix.
         donors: folder with images to fill from, of which `MAX_DONORS` are taken; None: the other photographs.
         masking: one strategy under the paper's name; empty: object and context with the paper's single-fill.
-        cam: `mm-cam` or `grad-cam`.
-        cam_start_layer: first layer of MM-CAM's rollout.
+        cam: name of the map.
+        cam_start_layer: first layer that it takes in.
+        cam_contrast: what is subtracted from its class score.
         seed: of the donors.
 
     Returns:
@@ -202,7 +205,7 @@ def mask_photographs(
         for row in look.rows:
             labels = look.labels(images, row)
             titles = [f"{path.name}\n{look.names[label]}" for (path, _), label in zip(decoded, labels.tolist(), strict=True)]
-            for line in _rows(look, titles, images, pool, labels, strategies, (cam, cam_start_layer, seed)):
+            for line in _rows(look, titles, images, pool, labels, strategies, (cam, cam_start_layer, cam_contrast, seed)):
                 if line.cam.any():
                     pages.add(line)
                 else:
@@ -237,11 +240,11 @@ def _away_from(place: int, photographs: Sequence[Path]) -> list[Path]:
 
 def _rows(
     look: Look, titles: Sequence[str], images: Tensor, pool: Tensor, labels: Tensor, strategies: Sequence[Strategy],
-    options: tuple[str, int, int],
+    options: tuple[str, int, str, int],
 ) -> Iterator[GalleryRow]:  # fmt: skip
-    """The rows of a chunk. images: uint8 (N, S, S, 3), the first of the pool. options: CAM, its first layer, seed."""
-    (cam, start_layer, seed), grid = options, look.model.visual.config.grid
-    relevance = look.maps(images, labels, cam, start_layer)
+    """The rows of a chunk. images: uint8 (N, S, S, 3), the first of the pool. options: CAM, its first layer, contrast, seed."""
+    (cam, start_layer, contrast, seed), grid = options, look.model.visual.config.grid
+    relevance = look.maps(images, labels, cam, start_layer, contrast)
     if not relevance.isfinite().all():
         raise ValueError(f"the CAM of {titles[0]!r} is not finite: the weights are damaged")
     columns = {}

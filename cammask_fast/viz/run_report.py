@@ -99,7 +99,8 @@ def counterfactuals(
     if config.cam_source == "teacher":
         shown = {"by the teacher": before}
     for when, model in shown.items():
-        relevance = relevance_of(model, images, labels, config.cam, start_layer=config.cam_start_layer).cpu()
+        options: dict[str, Any] = {"start_layer": config.cam_start_layer, "contrast": config.cam_contrast}
+        relevance = relevance_of(model, images, labels, config.cam, **options).cpu()
         maps[when] = normalise_relevance(relevance).view(-1, grid, grid)
         generator = torch.Generator().manual_seed(config.seed)
         made[when] = apply(strategy, images.cpu(), len(images), relevance, generator, grid=grid)

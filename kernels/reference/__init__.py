@@ -2,6 +2,7 @@
 
 from .cls_relevance import cls_relevance
 from .counterfactual_batch import counterfactual_batch, upsample_bilinear, upsample_nearest
+from .legrad import legrad
 from .masked_fill import fill_pixels, masked_fill
 from .normalise import normalise
 from .patch_select import PatchSelection, normalise_relevance, patch_select
@@ -11,6 +12,7 @@ __all__ = [
     "cls_relevance",
     "counterfactual_batch",
     "fill_pixels",
+    "legrad",
     "masked_fill",
     "normalise",
     "normalise_relevance",

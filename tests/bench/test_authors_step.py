@@ -27,7 +27,8 @@ from tests.test_step import CONFIGS, batch, draws_for, pair, wrong_gradients
 
 B32 = ViTConfig(image_size=224, patch_size=32, width=768, layers=12, heads=12, output_dim=512)
 B16 = ViTConfig(image_size=224, patch_size=16, width=768, layers=12, heads=12, output_dim=512)
-SHARED = [name for name in CONFIGS if name not in ("grad-cam", "late-layers", "bilinear")]
+PAPERS = ("mm-cam", 0, "none", "nearest")
+SHARED = [n for n, c in CONFIGS.items() if (c.cam, c.cam_start_layer, c.cam_contrast, c.upsample) == PAPERS]
 """The baseline has MM-CAM over all layers and nearest up-sampling, as the authors' code."""
 
 

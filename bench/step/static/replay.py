@@ -16,11 +16,11 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.step.memory import LiveStorages
 from bench.step.static.generate import Generated
-from cammask_fast.kernels import cls_relevance, counterfactual_batch, masked_fill, normalise, patch_select
+from cammask_fast.kernels import cls_relevance, counterfactual_batch, legrad, masked_fill, normalise, patch_select
 from cammask_fast.kernels.launch import Launch
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-MODULES = (cls_relevance, counterfactual_batch, masked_fill, normalise, patch_select)
+MODULES = (cls_relevance, counterfactual_batch, legrad, masked_fill, normalise, patch_select)
 """Whose `run` starts the kernels of our operators."""
 
 
