@@ -35,7 +35,7 @@ def own_layer_gradients(
         (N, A, L, d) per layer from start_layer on, before out_proj.
     """
     pooled = torch.stack(taps.pooled[start_layer:])  # (layers, N, D)
-    _, pullback = vjp(partial(_logits_of, weights), pooled)
+    _, pullback = vjp(partial(_logits_of, weights), pooled)  # type: ignore[misc]
     at_pooled = pullback(score_NK.to(pooled.dtype).expand(len(pooled), -1, -1))[0] / taps.attended[0].shape[1]
     for layer, gradient in enumerate(at_pooled, start_layer):
         block, attended = f"visual.transformer.resblocks.{layer}.", taps.attended[layer]
@@ -43,7 +43,7 @@ def own_layer_gradients(
         behind = (gradient @ weights[f"{block}mlp.c_proj.weight"])[:, None]
         at_normed = activation_gradient(behind, taps.hidden[layer], activation) @ weights[f"{block}mlp.c_fc.weight"]
         norm = partial(_layer_norm, weight=weights[f"{block}ln_2.weight"], bias=weights[f"{block}ln_2.bias"])
-        _, through_norm = vjp(norm, attended)
+        _, through_norm = vjp(norm, attended)  # type: ignore[misc]
         at_attended = gradient[:, None] + through_norm(at_normed)[0]
         at_output = at_attended @ weights[f"{block}attn.out_proj.weight"]
         yield at_output.unflatten(-1, (taps.values[layer].shape[1], -1)).transpose(1, 2)
