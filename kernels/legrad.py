@@ -132,7 +132,11 @@ def legrad_ineligible(v: Tensor, grad_out: Tensor) -> str | None:
     return None
 
 
-@torch.library.custom_op("cammask::legrad", mutates_args=(), schema="(Tensor? total, Tensor v, Tensor grad_out) -> Tensor")
+@torch.library.custom_op(
+    "cammask::legrad",
+    mutates_args=(),
+    schema="(Tensor? total, Tensor v, Tensor grad_out) -> Tensor",
+)
 def _legrad(total: Tensor | None, v: Tensor, grad_out: Tensor) -> Tensor:
     if not uses_triton("legrad", v.device, legrad_ineligible(v, grad_out)):
         return reference_legrad(total, v, grad_out).contiguous()
