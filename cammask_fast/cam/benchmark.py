@@ -75,8 +75,8 @@ METRICS = {name: metric for group in GROUPS.values() for name, metric in group.i
 @dataclass(frozen=True, kw_only=True)
 class MapProtocol:
     """How maps are measured. cams: of `CAMS` and `random`; empty: all. groups: of metrics, of `GROUPS`; empty: all that can be
-    measured. start_layer: of MM-CAM's rollout. upsample: how a map comes to pixels. threshold: of the normalised map, for the
-    fixed figures. tolerance: of the pointing game, in pixels at an image side of 224. steps: of insertion and deletion; 0: as
+    measured. start_layer: the first that maps take in. upsample: how a map comes to pixels. threshold: of the normalised map,
+    for the fixed figures. tolerance: of the pointing game, in pixels at an image side of 224. steps: of insertion and deletion; 0: as
     many as the image has rows, as RISE does. seed: of ROAD's noise and of the random map."""
 
     cams: tuple[str, ...] = ()
@@ -104,8 +104,9 @@ class MapProtocol:
 
     @property
     def chosen_cams(self) -> tuple[str, ...]:
-        """The maps, each once; without a choice all."""
-        return tuple(dict.fromkeys(self.cams)) or (*CAMS, RANDOM)
+        """The maps, each once; without a choice all that can start at `start_layer`."""
+        every = (*(cam for cam in CAMS if cam != "grad-cam" or not self.start_layer), RANDOM)
+        return tuple(dict.fromkeys(self.cams)) or every
 
     def chosen_groups(self, *, masks: bool) -> tuple[str, ...]:
         """The groups of metrics in the order of `GROUPS`. Raises ValueError where masks are asked for and there are none."""
