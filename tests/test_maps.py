@@ -38,7 +38,8 @@ def written_out(model: Classifier) -> tuple[list[Tensor], list[Tensor], Tensor]:
     x = visual.conv1(pixels).flatten(2).transpose(1, 2)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
     x, probabilities, outputs = visual.ln_pre(x), [], []
-    for block in visual.transformer.resblocks:
+    blocks: Any = visual.transformer.resblocks
+    for block in blocks:
         packed = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
         q, k, v = (part.unflatten(-1, (config.heads, -1)).transpose(1, 2) for part in packed.chunk(3, -1))
         p = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def stages(
         one = inner(patches, masked, tapped=tapped)
         is_clean = masked is None
 
-        def tap_gradients(score: Tensor) -> Sequence[Tensor]:
+        def tap_gradients(score: Tensor) -> Iterable[Tensor]:
             enter("cam")
             return one.tap_gradients(score)
 

@@ -76,8 +76,8 @@ METRICS = {name: metric for group in GROUPS.values() for name, metric in group.i
 class MapProtocol:
     """How maps are measured. cams: of `CAMS` and `random`; empty: all. groups: of metrics, of `GROUPS`; empty: all that can be
     measured. start_layer: the first that maps take in. upsample: how a map comes to pixels. threshold: of the normalised map,
-    for the fixed figures. tolerance: of the pointing game, in pixels at an image side of 224. steps: of insertion and deletion; 0: as
-    many as the image has rows, as RISE does. seed: of ROAD's noise and of the random map."""
+    for the fixed figures. tolerance: of the pointing game, in pixels at an image side of 224. steps: of insertion and deletion;
+    0: as many as the image has rows, as RISE does. seed: of ROAD's noise and of the random map."""
 
     cams: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
