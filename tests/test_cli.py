@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -360,6 +361,15 @@ def test_the_console_command() -> None:
     )
     assert "evaluate" in listed.stdout
     assert not any(line.endswith((" torch", " open_clip", " matplotlib")) for line in listed.stderr.splitlines())
+
+
+def test_every_command_says_what_it_does() -> None:
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    helps = {one.dest: str(one.help) for one in commands._choices_actions}
+    assert set(helps) == set(commands.choices)
+    assert len(set(helps.values())) == len(helps)
+    assert "open_clip" in helps["export"]
+    assert "photographs" in helps["predict"]
 
 
 def test_wise_ft_names_its_average(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
