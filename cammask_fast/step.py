@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.func import functional_call, grad_and_value, vjp
 
 from cammask_fast import distributed
@@ -243,6 +242,8 @@ def compiled_or_eager_step(
     step = build_train_step(state, teacher, config, processes=processes, backend=backend)
     if not isinstance(state.optimizer, FlatAdamW):
         return step
+    from torch._dynamo.exc import TorchDynamoException  # takes a second: only where something is compiled
+
     may_fall_back, first = config.compile == "auto", True
 
     def eager_instead(reason: str) -> TrainStep:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import tempfile
 from collections import defaultdict
+from functools import partial
 
 import pytest
 
@@ -16,8 +19,11 @@ import torch
 from cammask_fast.kernels.backend import INTERPRETED
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+    if not hasattr(config, "workerinput"):  # xdist's workers, and all processes that tests start, share what is made once
+        os.environ["CAMMASK_CACHE"] = tempfile.mkdtemp(prefix="cammask-tests-")
+        config.add_cleanup(partial(shutil.rmtree, os.environ["CAMMASK_CACHE"], ignore_errors=True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,7 +12,9 @@ import pytest
 from cammask_fast.cli import build_parser, main
 from cammask_fast.commands.checks import check, positive
 from cammask_fast.model.names import check_architecture, open_clip_names
+from cammask_fast.model.pretrained import load_pretrained
 from cammask_fast.runtime.suggest import did_you_mean
+from tests.test_folder import make_folder
 
 WRONG = {
     "--method masked-objekt": "; did you mean masked-object?",
@@ -59,6 +61,22 @@ def test_wrong_options_are_answered_without_pytorch(tmp_path: Path) -> None:
         assert code == 2, line
         assert said.count("\n") == 1, line
         assert expected in said, line
+
+
+TRAINED = """
+import sys
+from cammask_fast.cli import main
+assert main(["train", "--data", "photos", "--out", "run", "--epochs", "1", "--compile", "off", "--loader", "torch"]) == 0
+print([name for name in ("open_clip", "torchvision", "nvidia") if name in sys.modules])
+"""
+
+
+@pytest.mark.slow
+def test_what_is_not_needed_is_not_imported(tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", {"dog": 4, "red_fox": 4})
+    load_pretrained("tiny").head(["dog", "red fox"])  # now in the cache
+    run = subprocess.run([sys.executable, "-c", TRAINED], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.stdout.splitlines()[-1] == "[]", run.stderr
 
 
 def test_a_missing_folder_is_answered_without_pytorch(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, functional
 
 from cammask_fast.data.augment import Augment
 from cammask_fast.data.transforms import (
     AugmentParams,
     Transform,
+    _resize,
     centre_window,
     decode,
     encoded_simply,
@@ -309,3 +310,13 @@ def test_the_centre_window_is_what_the_centre_crop_shows(tmp_path: Path) -> None
 def test_bad_augmentations(words: list[str]) -> None:
     with pytest.raises(ValueError, match="augment"):
         Augment.parse(words)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "to"), [(300, 200, (48, 70)), (37, 91, (224, 224)), (64, 64, (64, 64)), (1, 5, (48, 48))]
+)
+def test_pixels_are_resized_as_torchvision_does(height: int, width: int, to: tuple[int, int]) -> None:
+    pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
+    for image in (pixels, pixels[:, : -(-height // 2), width // 3 :]):
+        theirs = functional.resize(image, list(to), interpolation=InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(_resize(image, *to), theirs)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from cammask_fast.cli import main
 from cammask_fast.commands import shared
+from cammask_fast.data.datasets.texture_digits import TEMPLATES as TINYS_TEMPLATES
 from cammask_fast.model import head_cache, pretrained, zero_shot
-from cammask_fast.model.head_cache import TenthsOf, head_key, kept_head
+from cammask_fast.model.head_cache import TenthsOf, head_key, kept_head, shipped_head_key
 from cammask_fast.model.pretrained import PretrainedClip, load_pretrained
-from cammask_fast.model.zero_shot import encode_texts, zero_shot_weights
+from cammask_fast.model.zero_shot import encode_texts, load_tiny_tower, zero_shot_weights
 from tests.test_folder import make_folder
 
 NAMES = ["cat", "a much longer name of a class that has many words in it", "dog"]
@@ -98,7 +99,7 @@ def test_heads_of_many_prompts_are_kept(
     clip: CLIP, tokenize: Callable[[list[str]], Tensor], cache: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    both = PretrainedClip(clip=clip, tokenize=tokenize, templates=tuple(TEMPLATES))
+    both = PretrainedClip(visual=load_tiny_tower()[0], load=lambda: (clip, tokenize), templates=tuple(TEMPLATES))
     first = both.head(NAMES)
     assert not cache.exists(), "few prompts"
     assert not capsys.readouterr().err
@@ -192,6 +193,37 @@ def test_a_restart_reads_the_head(tmp_path: Path, cache: Path, capsys: pytest.Ca
         found.append(json.loads(printed.out)["sets"])
     assert found[0] == found[1]
     assert len(list(cache.iterdir())) == 1
+
+
+def test_the_shipped_model_does_without_its_text_tower_where_its_head_is_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = load_pretrained("tiny").head(["one", "two"])
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(pretrained, "load_tiny_clip", lambda: pytest.fail("read"))
+    assert torch.equal(load_pretrained("tiny").head(["one", "two"]), made)
+    for names, templates in ((["two", "one"], ()), (["one", "two"], ["{}"])):
+        with pytest.raises(pytest.fail.Exception, match="read"):
+            load_pretrained("tiny").head(names, templates)
+    (kept,) = cache.iterdir()
+    assert kept.stem != shipped_head_key("others", ["one", "two"], TINYS_TEMPLATES)
+    assert kept.stem == shipped_head_key(load_tiny_tower()[1], ["one", "two"], TINYS_TEMPLATES)
+    assert not capsys.readouterr().err
+
+
+def test_the_shipped_image_tower_alone() -> None:
+    tower, whole = load_tiny_tower()[0], load_pretrained("tiny").clip.visual
+    assert not tower.training
+    torch.testing.assert_close(tower.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_a_small_head_that_cannot_be_kept_costs_no_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CAMMASK_CACHE", str(tmp_path / "file"))
+    assert load_pretrained("tiny").head(["one"]).shape == (1, 64)
+    assert not capsys.readouterr().err
 
 
 def test_the_tiny_model_on_its_own_templates() -> None:

@@ -6,8 +6,6 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-import open_clip
-
 from cammask_fast.model.layouts import architectures_with, shape_of
 from cammask_fast.model.names import OPENAI_ARCHITECTURES
 from cammask_fast.model.pretrained import is_supported
@@ -27,6 +25,12 @@ class ModelSource:
     """Of the pre-trained CLIP; of a checkpoint what the caller expects, empty for any."""
     pretrained: str = ""
     """As `--pretrained`; empty: the architecture's own."""
+
+
+def _open_clips_models() -> list[str]:
+    import open_clip  # takes seconds
+
+    return open_clip.list_models()
 
 
 def find_model(given: str | Path, *, arch: str = "", pretrained: str = "") -> ModelSource:
@@ -54,7 +58,7 @@ def find_model(given: str | Path, *, arch: str = "", pretrained: str = "") -> Mo
             return ModelSource(checkpoint=path, arch=arch)
     else:
         name = str(given)
-        if not (name == "tiny" or name in OPENAI_ARCHITECTURES or name in open_clip.list_models()):
+        if not (name == "tiny" or name in OPENAI_ARCHITECTURES or name in _open_clips_models()):
             raise ValueError(f"no checkpoint at {given}, and no architecture of that name{_meant(path)}")
         if arch and arch != name:
             raise ValueError(f"{name} is an architecture, and --arch names another, {arch}: give one of them")
@@ -114,5 +118,5 @@ def _meant(path: Path) -> str:
         beside = {str(one): one for one in path.parent.iterdir() if one.is_dir() or one.suffix == ".safetensors"}
     except OSError:
         beside = {}
-    close = difflib.get_close_matches(str(path), [*beside, "tiny", *OPENAI_ARCHITECTURES, *open_clip.list_models()], n=1)
+    close = difflib.get_close_matches(str(path), [*beside, "tiny", *OPENAI_ARCHITECTURES, *_open_clips_models()], n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
 import torch
 
 from cammask_fast.checkpoint import load_classifier
@@ -71,7 +70,9 @@ def run_predict(args: Options) -> None:
 def names_for(source: ModelSource, args: Options) -> tuple[str, ...]:
     """The classes that a pre-trained model chooses from."""
     if args["classes"] == "imagenet":
-        return tuple(open_clip.IMAGENET_CLASSNAMES)
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return tuple(IMAGENET_CLASSNAMES)
     names = class_list(args["classes"])
     if names:
         tell_twins(names, names)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_png
 
 DEEP = "cammask_png"
 """Key of `Image.info` under which a PNG of 16 bits keeps its bytes: PIL reads the upper half of its colours only."""
@@ -35,6 +34,8 @@ def to_eight_bits(image: Image.Image, note: Callable[[str], None]) -> Image.Imag
     if image.mode.startswith("I"):
         values: NDArray[Any] = np.asarray(image)
     elif data is not None and _highest_colour(image) < 1 << 6:  # the upper bytes: 14 bits or fewer are used
+        from torchvision.io import ImageReadMode, decode_png  # takes seconds: only where it is needed
+
         deep = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
         values = deep[0] if len(deep) < 3 else np.ascontiguousarray(deep[:3].transpose(1, 2, 0))
     else:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from open_clip.model import CLIP
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +17,9 @@ from cammask_fast.model.files import read_safetensors
 from cammask_fast.runtime.env import cache_folder
 from cammask_fast.runtime.files import atomic_write
 from cammask_fast.runtime.notices import remark, say
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 MANY_PROMPTS = 500
 """Classes times templates from which a head is kept, and whose progress is printed."""
@@ -44,11 +47,33 @@ def head_key(clip: CLIP, tokenize: Callable[[list[str]], Tensor], class_names: S
     return found.hexdigest()[:32]
 
 
-def kept_head(key: str, build: Callable[[], Tensor]) -> Tensor:
+def shipped_head_key(weights: str, class_names: Sequence[str], templates: Sequence[str]) -> str:
+    """`head_key` for weights whose digest is known and whose tokenizer is fixed: neither is read.
+
+    Args:
+        weights: digest of the file.
+        class_names: K names.
+        templates: with one `{}` each.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    return hashlib.sha256(repr((1, weights, tuple(class_names), tuple(templates))).encode()).hexdigest()[:32]
+
+
+def kept_head(key: str, build: Callable[[], Tensor], *, quiet: bool = False) -> Tensor:
     """The head of this key from the cache folder, else made and kept there.
 
     A folder that is missing, full or not writable, and a file that is damaged, cost the time to make the head again and nothing
     else.
+
+    Args:
+        key: a digest of everything that the head depends on.
+        build: makes the head.
+        quiet: print nothing.
+
+    Returns:
+        float32 (K, E).
     """
     folder = cache_folder()
     path = None if folder is None else folder / FOLDER / f"{key}.safetensors"
@@ -56,7 +81,8 @@ def kept_head(key: str, build: Callable[[], Tensor]) -> Tensor:
         try:
             head = read_safetensors(path)[0]["weight"]
             if head.ndim == 2 and head.dtype == torch.float32 and head.isfinite().all():
-                say(f"zero-shot head: read from {path}")
+                if not quiet:
+                    say(f"zero-shot head: read from {path}")
                 return head
         except (ValueError, KeyError):
             pass  # made again, and replaced
@@ -67,6 +93,8 @@ def kept_head(key: str, build: Callable[[], Tensor]) -> Tensor:
             with atomic_write(path, temporary=f"{path.name}.{os.getpid()}.part") as part:
                 save_file({"weight": head}, part)
         except (OSError, SafetensorError) as error:
+            if quiet:
+                return head
             reason = getattr(error, "strerror", None) or error
             remark(f"the zero-shot head cannot be kept in {path.parent} ({reason}); set CAMMASK_CACHE to another folder")
     return head

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor
 
@@ -173,6 +172,8 @@ def shape_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def architectures_with(shape: Mapping[str, int]) -> list[str]:
     """open_clip's models of exactly these numbers, in their order there."""
+    import open_clip
+
     return [] if not shape else [
         name for name in open_clip.list_models() if shape_of_config(open_clip.get_model_config(name)) == shape
     ]  # fmt: skip

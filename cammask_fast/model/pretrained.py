@@ -5,44 +5,75 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
-from open_clip.model import CLIP, CLIPVisionCfg
 from torch import Tensor
 
 from cammask_fast.data.datasets.texture_digits import TEMPLATES
 from cammask_fast.model.beside import config_beside, refuse_other_preprocessing
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.files import load_exactly
-from cammask_fast.model.head_cache import MANY_PROMPTS, TenthsOf, head_key, kept_head
+from cammask_fast.model.head_cache import MANY_PROMPTS, TenthsOf, head_key, kept_head, shipped_head_key
 from cammask_fast.model.layouts import architectures_with, shape_of
 from cammask_fast.model.names import OPENAI_ARCHITECTURES, unknown_architecture
 from cammask_fast.model.tiny_clip import TINY_VIT, build_tiny_clip, tokenizer
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
 from cammask_fast.model.weights import Weights, read_weights
-from cammask_fast.model.zero_shot import Progress, load_tiny_clip, zero_shot_weights
+from cammask_fast.model.zero_shot import Progress, load_tiny_clip, load_tiny_tower, zero_shot_weights
 from cammask_fast.runtime.notices import notice, say
 
+if TYPE_CHECKING:  # open_clip's import takes seconds, and the shipped model with a kept head does without
+    from open_clip.model import CLIP
+
+Tokenize = Callable[[list[str]], Tensor]
+"""Texts to int64 (n, context length)."""
 _VISION_FIELDS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "output_tokens"}
 _ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedClip:
-    """Both towers of a CLIP; `clip.visual` is our VisionTransformer."""
+    """Both towers of a CLIP."""
 
-    clip: CLIP
-    tokenize: Callable[[list[str]], Tensor]
+    visual: VisionTransformer
+    """The image tower."""
+    load: Callable[[], tuple[CLIP, Tokenize]]
+    """Both towers, `visual` among them, and their tokenizer; called once, when texts are embedded."""
     templates: tuple[str, ...]
     """The prompt templates that belong to the model, each with one `{}`."""
+    digest: str = ""
+    """Of the weights of both towers and the tokenizer, where it is known without them; heads of any size are kept by it."""
+
+    @classmethod
+    def of(cls, clip: CLIP, tokenize: Tokenize, templates: Sequence[str]) -> PretrainedClip:
+        """Wrap a CLIP that is in memory.
+
+        Args:
+            clip: both towers; `clip.visual` is our VisionTransformer.
+            tokenize: texts to int64 (n, context length).
+            templates: that belong to the model, each with one `{}`.
+
+        Returns:
+            The CLIP.
+        """
+        assert isinstance(clip.visual, VisionTransformer)
+        return cls(visual=clip.visual, load=lambda: (clip, tokenize), templates=tuple(templates))
+
+    @cached_property
+    def _loaded(self) -> tuple[CLIP, Tokenize]:
+        return self.load()
 
     @property
-    def visual(self) -> VisionTransformer:
-        """The image tower."""
-        assert isinstance(self.clip.visual, VisionTransformer)
-        return self.clip.visual
+    def clip(self) -> CLIP:
+        """Both towers; `clip.visual` is `visual`."""
+        return self._loaded[0]
+
+    @property
+    def tokenize(self) -> Tokenize:
+        """The tokenizer of the text tower."""
+        return self._loaded[1]
 
     def head(self, class_names: Sequence[str], templates: Sequence[str] = (), *, device: str = "cpu") -> Tensor:
         """The zero-shot head over the classes.
@@ -64,7 +95,9 @@ class PretrainedClip:
             return zero_shot_weights(self.clip, self.tokenize, class_names, templates, device=device, progress=progress)
 
         if len(class_names) * len(templates) < MANY_PROMPTS:
-            return build()
+            return (
+                kept_head(shipped_head_key(self.digest, class_names, templates), build, quiet=True) if self.digest else build()
+            )
         return kept_head(head_key(self.clip, self.tokenize, class_names, templates), lambda: build(TenthsOf("zero-shot head")))
 
     def classifier(self, class_names: Sequence[str], templates: Sequence[str] = (), *, device: str = "cpu") -> Classifier:
@@ -83,6 +116,8 @@ class PretrainedClip:
 
 def open_clip_name(arch: str) -> str:
     """open_clip's model name for `--arch`. Raises ValueError on an unknown one."""
+    import open_clip
+
     name = OPENAI_ARCHITECTURES.get(arch, arch)
     if name not in open_clip.list_models():
         raise unknown_architecture(arch, open_clip.list_models())
@@ -96,6 +131,8 @@ def vit_config(arch: str) -> ViTConfig:
 
 def _model_config(arch: str) -> dict[str, Any]:
     """open_clip's configuration of a supported two-tower model."""
+    import open_clip
+
     config: dict[str, Any] = open_clip.get_model_config(open_clip_name(arch))
     text = config["text_cfg"]
     for field in ("hf_model_name", "hf_tokenizer_name"):
@@ -108,6 +145,8 @@ def _model_config(arch: str) -> dict[str, Any]:
 
 
 def _vit_config(arch: str, config: dict[str, Any]) -> ViTConfig:
+    from open_clip.model import CLIPVisionCfg
+
     vision = CLIPVisionCfg(**config["vision_cfg"])
     unsupported = [f.name for f in fields(vision) if f.name not in _VISION_FIELDS and getattr(vision, f.name) != f.default]
     if isinstance(vision.layers, (tuple, list)):
@@ -132,6 +171,8 @@ def default_pretrained(arch: str) -> str:
     """`tiny` for the shipped model, `openai` for the models that OpenAI released. Raises ValueError for any other."""
     if arch == "tiny":
         return "tiny"
+    import open_clip
+
     tags = open_clip.list_pretrained_tags_by_model(open_clip_name(arch))
     if arch in OPENAI_ARCHITECTURES or arch in OPENAI_ARCHITECTURES.values():
         return "openai"
@@ -148,12 +189,14 @@ def load_pretrained(arch: str, pretrained: str = "") -> PretrainedClip:
     """
     pretrained = pretrained or default_pretrained(arch)
     if arch == "tiny" and pretrained == "tiny":
-        return PretrainedClip(clip=load_tiny_clip(), tokenize=tokenizer(), templates=TEMPLATES)
+        return _shipped()
     path = Path(pretrained)
     if arch == "tiny":
         clip = build_tiny_clip()
         _load(clip, read_weights(path), "tiny", said=True)
-        return PretrainedClip(clip=clip.eval(), tokenize=tokenizer(), templates=TEMPLATES)
+        return PretrainedClip.of(clip.eval(), tokenizer(), TEMPLATES)
+    import open_clip
+
     config = _model_config(arch)
     vit = _vit_config(arch, config)
     is_tag = pretrained in open_clip.list_pretrained_tags_by_model(open_clip_name(arch)) and not path.is_file()
@@ -164,7 +207,19 @@ def load_pretrained(arch: str, pretrained: str = "") -> PretrainedClip:
     clip = _build(config, vit)
     _load(clip, weights, arch, said=own)
     templates = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
-    return PretrainedClip(clip=clip.eval(), tokenize=open_clip.get_tokenizer(open_clip_name(arch)), templates=templates)
+    return PretrainedClip.of(clip.eval(), open_clip.get_tokenizer(open_clip_name(arch)), templates)
+
+
+def _shipped() -> PretrainedClip:
+    """The shipped model, whose text tower is read when texts are embedded."""
+    visual, digest = load_tiny_tower()
+
+    def load() -> tuple[CLIP, Tokenize]:
+        clip = load_tiny_clip()
+        clip.visual = visual
+        return clip, tokenizer()
+
+    return PretrainedClip(visual=visual, load=load, templates=TEMPLATES, digest=digest)
 
 
 def _load(clip: CLIP, weights: Weights, arch: str, *, said: bool) -> None:
@@ -222,6 +277,8 @@ def _check_origin(weights: Weights, arch: str, vit: ViTConfig) -> None:
 
 def _with_other_activation(arch: str) -> str | None:
     """open_clip's model that differs in the activation alone, if there is one."""
+    import open_clip
+
     name = open_clip_name(arch)
     other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
     return other if other in open_clip.list_models() else None
@@ -229,6 +286,8 @@ def _with_other_activation(arch: str) -> str | None:
 
 def _build(config: dict[str, Any], vit: ViTConfig) -> CLIP:
     """open_clip's text tower and our image tower; open_clip's own image tower is a one-layer stand-in that is thrown away."""
+    from open_clip.model import CLIP
+
     stand_in = {"image_size": 8, "patch_size": 8, "width": 64, "layers": 1}
     clip = CLIP(
         embed_dim=config["embed_dim"],
@@ -241,6 +300,8 @@ def _build(config: dict[str, Any], vit: ViTConfig) -> CLIP:
 
 
 def _download(arch: str, tag: str, *, quick_gelu: bool) -> Path:
+    import open_clip
+
     name = open_clip_name(arch)
     tags = open_clip.list_pretrained_tags_by_model(name)
     config = open_clip.get_pretrained_cfg(name, tag)

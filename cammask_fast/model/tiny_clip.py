@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import open_clip
-from open_clip.model import CLIP
-from open_clip.tokenizer import SimpleTokenizer
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from cammask_fast.model.vit import VisionTransformer, ViTConfig
+
+if TYPE_CHECKING:  # open_clip's import takes seconds: it is paid where texts are embedded
+    from open_clip.model import CLIP
+    from open_clip.tokenizer import SimpleTokenizer
 
 TINY_VIT = ViTConfig(image_size=48, patch_size=8, width=96, layers=4, heads=3, output_dim=64)
 CONTEXT_LENGTH = 20
@@ -16,6 +19,8 @@ TEXT_CONFIG = {"context_length": CONTEXT_LENGTH, "vocab_size": 49408, "width": 6
 
 def build_tiny_clip() -> CLIP:
     """A randomly initialised tiny CLIP; `.visual` is ours, the rest is open_clip's, state-dict names are open_clip's."""
+    from open_clip.model import CLIP
+
     vision = {"image_size": 48, "patch_size": 8, "width": 96, "layers": 4, "head_width": 32}
     clip = CLIP(embed_dim=TINY_VIT.output_dim, vision_cfg=vision, text_cfg=TEXT_CONFIG, quick_gelu=True)
     clip.visual = VisionTransformer(TINY_VIT)
@@ -26,4 +31,6 @@ def build_tiny_clip() -> CLIP:
 
 def tokenizer() -> SimpleTokenizer:
     """open_clip's byte-pair tokenizer at the tiny context length: texts -> int64 (n, 20)."""
+    import open_clip
+
     return open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH)

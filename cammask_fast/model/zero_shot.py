@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import as_file, files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
 from torch import Tensor
 
 from cammask_fast.data.datasets.texture_digits import TEMPLATES
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.files import load_exactly, read_safetensors
 from cammask_fast.model.templates import template_fault
-from cammask_fast.model.tiny_clip import build_tiny_clip, tokenizer
+from cammask_fast.model.tiny_clip import TINY_VIT, build_tiny_clip, tokenizer
 from cammask_fast.model.vit import VisionTransformer
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 TINY_WEIGHTS = "tiny_clip.safetensors"
 PROMPTS_IN_MEMORY = 8192
@@ -150,6 +153,17 @@ def load_tiny_clip() -> CLIP:
         weights, _ = read_safetensors(path)
         load_exactly(clip, {name: value.float() for name, value in weights.items()}, path)
     return clip.eval()
+
+
+def load_tiny_tower() -> tuple[VisionTransformer, str]:
+    """The shipped image tower alone, in float32 and evaluation mode, and a digest of the weights of both towers."""
+    with as_file(files("cammask_fast.assets").joinpath(TINY_WEIGHTS)) as path:
+        weights, _ = read_safetensors(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        visual = VisionTransformer(TINY_VIT)
+        own = {name.removeprefix("visual."): value.float() for name, value in weights.items() if name.startswith("visual.")}
+        load_exactly(visual, own, path)
+    return visual.eval(), digest
 
 
 def tiny_provenance() -> dict[str, Any]:
