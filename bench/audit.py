@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluated", type=int, default=1000, help="images of the ID and the flipped set (default: %(default)s)"
     )
+    parser.add_argument("--contexts", type=int, default=4, metavar="N", help="per image and test (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+    parser.add_argument("--batch-size", type=int, help="instead of the recipe's")
     parser.add_argument("--out", type=Path, default=RECORDS, help="records (default: bench/results/audit.jsonl)")
 
 
@@ -66,8 +68,8 @@ def main(options: argparse.Namespace) -> int:
             if (method, seed) in done:
                 continue
             begun = time.perf_counter()
-            changes = {} if options.epochs is None else {"epochs": options.epochs}
-            config = tiny_config(method, seed, **changes)
+            changes = {"epochs": options.epochs, "batch_size": options.batch_size}
+            config = tiny_config(method, seed, **{name: value for name, value in changes.items() if value is not None})
             train, _ = training_splits(seed, batch_size=config.batch_size)
             last = fine_tune(started, train, None, config).last
             seconds = time.perf_counter() - begun
@@ -104,7 +106,7 @@ def add(
     """
     begun, found = time.perf_counter(), {}
     for masks, subject in subjects.items():
-        record = audit_models([(name, model)], subject, AuditConfig()).findings[0].to_dict()
+        record = audit_models([(name, model)], subject, AuditConfig(donors=options.contexts)).findings[0].to_dict()
         found[masks] = {key: record[key] for key in (CONTEXT, OBJECT, "interval")}
         found[masks]["accuracy"] = {test: one["accuracy"] for test, one in record["accuracy"].items()}
     scores = {key: accuracy(model, loader) for key, loader in evaluated(options.evaluated)}
@@ -112,7 +114,7 @@ def add(
         options.out,
         {
             "op": "audit", "model": name, "seed": seed, **found, **scores, "images": options.images,
-            "evaluated": options.evaluated, "epochs": options.epochs, "train_seconds": round(seconds, 1),
+            "evaluated": options.evaluated, "contexts": options.contexts, "epochs": options.epochs, "batch_size": options.batch_size, "train_seconds": round(seconds, 1),
             "seconds": round(time.perf_counter() - begun, 1), **cpu_environment(),
         },
     )  # fmt: skip
@@ -145,8 +147,9 @@ def section(records: Sequence[Mapping[str, Any]]) -> str:
     header += ["ID, %", "flipped, %"]
     table = markdown_table(header, [row for _, row in sorted(rows, key=lambda row: -row[0])])
     last = records[-1]
+    changed = "".join(f" --{name.replace('_', '-')} {last[name]}" for name in ("epochs", "batch_size") if last.get(name))
     where = (
-        f"`cammask bench audit` ({last['images']} images of the ID set, 4 contexts each, digits that share a background as one "
+        f"`cammask bench audit{changed}` ({last['images']} images of the ID set, {last['contexts']} contexts each, digits that share a background as one "
         f"group; accuracies on {last['evaluated']} images; {last['cpu']}, torch {last['torch']}, commit {last['commit']}):"
     )
     lines = [*(order_line(models, masks) for masks in MASKS), *(correlation_line(records, masks) for masks in MASKS)]

@@ -100,7 +100,7 @@ def record(model: str, seed: int, reliance: float, flipped: float) -> dict[str, 
     figures = {"context_reliance": reliance, "object_reliance": 0.5}
     return {
         "op": "audit", "model": model, "seed": seed, "true": figures, "map": figures | {"context_reliance": reliance / 2},
-        "id": 80.0, "flipped": flipped, "images": 300, "evaluated": 1000, "cpu": "c", "torch": "t", "commit": "x",
+        "id": 80.0, "flipped": flipped, "images": 300, "evaluated": 1000, "contexts": 4, "batch_size": 64, "cpu": "c", "torch": "t", "commit": "x",
     }  # fmt: skip
 
 
@@ -119,4 +119,5 @@ def test_the_bench_says_how_many_seeds_agree_and_how_few_models_there_are() -> N
     assert correlation_line(records[:4], "map") == ""
     text = section(records)
     assert text.index("| ft ") < text.index("| wise-ft ") < text.index("| masked-object ") < text.index("| zeroshot ")
+    assert "`cammask bench audit --batch-size 64` (300 images" in text
     assert section([]) == "Not yet measured."
