@@ -230,19 +230,43 @@ def build_parser() -> Parser:
     text = "weights of the text tower (default: those that the run started from)"
     export.add_argument("--pretrained", default="", metavar="FILE", help=text)
 
-    mask = command("mask", "images.run_mask", "CAM, masks and counterfactuals of photographs for any text prompt, as a PNG")
+    text = "maps, masks and counterfactuals of photographs for any text prompt: a sheet, overlays, arrays"
+    mask = command("mask", "images.run_mask", text)
     mask.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (everything below), patterns in quotes")
     text = "repeat for more rows; with --checkpoint one of its classes (default: all, or of many the predicted one)"
     mask.add_argument("--class", dest="prompts", action="append", metavar="PROMPT", help=text)
+    text = "a prompt without a row that the others are contrasted with; repeat for more"
+    mask.add_argument("--contrast-with", action="append", metavar="PROMPT", help=text)
     mask.add_argument("--checkpoint", metavar="MODEL", help=MODEL)
-    mask.add_argument("--donors", type=Path, metavar="FOLDER", help="images to fill from (default: the other photographs)")
-    mask.add_argument("--masking", default="", metavar="STRATEGY", help="default: the paper's object and context single-fill")
+    text = "images to fill from: a folder (everything below) or a pattern in quotes (default: the other photographs)"
+    mask.add_argument("--donors", type=Path, metavar="FOLDER", help=text)
+    text = "default: the paper's object and context single-fill; with --threshold its kind alone, such as ObjMaskNoFill"
+    mask.add_argument("--masking", default="", metavar="STRATEGY", help=text)
+    text = "the object by a rule: a value such as 0.3, p70 (a percentile of the map), otsu, top=12 or top=25%% (of the patches)"
+    mask.add_argument("--threshold", default="", metavar="RULE", help=text)
     mask.add_argument("--cam", default="mm-cam", choices=get_args(Cam), help="which map (default: mm-cam)")
     text = "first layer that the map takes in (default: all; not for grad-cam)"
     mask.add_argument("--cam-start-layer", type=int, default=0, metavar="LAYER", help=text)
-    text = "subtract the mean of the other prompts' scores, or the highest (default: none; not for rollout)"
-    mask.add_argument("--cam-contrast", default="none", choices=get_args(CamContrast), help=text)
-    mask.add_argument("--seed", type=int, default=0)
+    text = "subtract the mean of the others' scores, or the highest (default: none; with --contrast-with mean; not for rollout)"
+    mask.add_argument("--cam-contrast", choices=get_args(CamContrast), help=text)
+    text = "pixels per side of the model's input, by interpolated positional embeddings (default: its own)"
+    mask.add_argument("--resolution", type=int, metavar="PIXELS", help=text)
+    text = "also write a PNG per photograph and prompt, the map over the whole photograph"
+    mask.add_argument("--overlay", type=Path, metavar="FOLDER", help=text)
+    text = "long side of the photograph in --overlay (default: its own size)"
+    mask.add_argument("--size", type=int, metavar="PIXELS", help=text)
+    mask.add_argument("--alpha", type=float, metavar="OPACITY", help="of the colours in --overlay (default: 0.6)")
+    mask.add_argument(
+        "--no-colorbar", action="store_true", help="--overlay without the bar, exactly as large as the photograph"
+    )
+    text = "draw the boxes of the masks' components, on overlays those of the first mask"
+    mask.add_argument("--boxes", action="store_true", help=text)
+    text = "also write map, mask, counterfactual and donors of every row as arrays"
+    mask.add_argument("--npz", type=Path, metavar="FILE", help=text)
+    text = "also measure each map by insertion and deletion: two forward passes per row of pixels"
+    mask.add_argument("--scores", action="store_true", help=text)
+    mask.add_argument("--json", action="store_true", help="print patch counts and boxes of every row as JSON")
+    mask.add_argument("--seed", type=int, default=0, help="of donors and random masks (default: 0)")
     _model(mask)
     _strict(mask)
     _shared(mask, out=("mask.png", "PNG file; several, with numbers, for many photographs"))

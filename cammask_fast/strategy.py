@@ -95,3 +95,79 @@ def parse_strategy(name: str, *, upsample: str = "nearest") -> Strategy:
     if top:
         return chosen(top_k=int(number))
     return chosen(threshold=number)
+
+
+_CUT = re.compile(r"(?:(otsu)|(p)([0-9.]+)|(top)=([0-9.]+)(%?)|([0-9.eE+-]+))")
+CUTS = "known: a value in [0, 1] of the map divided by its maximum, p70 (a percentile of the map), otsu, top=12 or top=25%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Which patches of a map are the object, image by image."""
+
+    rule: str
+    """`value`, `percentile`, `otsu`, `top` (patches) or `share` (of the patches)."""
+    number: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges = {"value": (0.0, 1.0), "percentile": (0.0, 100.0), "top": (1.0, float("inf")), "share": (0.0, 1.0)}
+        low, high = ranges.get(self.rule, (0.0, 0.0))
+        if not low <= self.number <= high or (self.rule == "share" and not self.number):
+            raise ValueError(f"threshold: {self.number:g} is no {self.rule} in {low:g} to {high:g}; {CUTS}")
+
+    def __str__(self) -> str:
+        words = {"value": f"> {self.number:g}", "percentile": f"above percentile {self.number:g}", "otsu": "Otsu",
+                 "top": f"top {self.number:g}", "share": f"top {100 * self.number:g} %"}  # fmt: skip
+        return words[self.rule]
+
+
+def parse_cut(text: str) -> Cut:
+    """The rule of a text such as `0.3`, `p70`, `otsu`, `top=12` or `top=25%`. Raises ValueError with the known ones."""
+    match = _CUT.fullmatch(text.replace(" ", "").lower())
+    try:
+        if match is None:
+            raise ValueError
+        if match[1]:
+            return Cut(rule="otsu")
+        number = float(match[3] or match[5] or match[7])
+    except ValueError:
+        raise ValueError(f"unknown threshold {text!r}; {CUTS}") from None
+    if match[2]:
+        return Cut(rule="percentile", number=number)
+    if match[4] and match[6]:
+        return Cut(rule="share", number=number / 100)
+    if match[4] and not number.is_integer():
+        raise ValueError(f"threshold {text!r}: write a whole number of patches, or a share such as top=25%")
+    return Cut(rule="top" if match[4] else "value", number=number)
+
+
+PAPER_STRATEGIES = ("ObjMaskSingleFill(0.3)", "CtxMaskSingleFill(0.5)")
+
+
+def shown_strategies(masking: str, threshold: str) -> tuple[list[Strategy], Cut | None]:
+    """The strategies that are shown of a photograph.
+
+    Args:
+        masking: one strategy under the paper's name; with a threshold its kind alone, `ObjMaskNoFill`; empty: the paper's
+            single-fill of object and context.
+        threshold: a `Cut` instead of the strategies' own thresholds; empty: their own.
+
+    Returns:
+        The strategies, and the cut. With one, they take a map of 0 and 1.
+
+    Raises:
+        ValueError: for an unknown name or cut, and where the threshold is given twice or there is no map to cut.
+    """
+    if not threshold:
+        return [parse_strategy(name) for name in ([masking] if masking else PAPER_STRATEGIES)], None
+    cut = parse_cut(threshold)
+    if "(" in masking:
+        kind = masking.partition("(")[0]
+        raise ValueError(f"--masking {masking} has a threshold of its own: leave out --threshold, or write --masking {kind}")
+    kinds = [masking] if masking else [name.partition("(")[0] for name in PAPER_STRATEGIES]
+    strategies = [parse_strategy(f"{kind}(0.5)") for kind in kinds]
+    if not strategies[0].needs_cam:
+        raise ValueError(
+            f"--threshold {threshold}: a random mask has no map to cut: write --masking {masking}(0.5) for a share"
+        )
+    return strategies, cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,23 @@ from cammask_fast.kernels.normalise import normalise
 from cammask_fast.masking import parse_strategy
 from cammask_fast.model.classifier import Classifier
 from cammask_fast.model.zero_shot import load_tiny_clip, tiny_classifier
-from cammask_fast.viz import mask_images
-from cammask_fast.viz.mask_images import (
-    PAPER_STRATEGIES,
-    Look,
-    apply,
-    look_with_checkpoint,
-    look_with_prompts,
-    mask_photographs,
-    other_donors,
-    refuse_unknown_words,
-)
+from cammask_fast.strategy import PAPER_STRATEGIES
+from cammask_fast.viz import look as look_module
+from cammask_fast.viz import mask_tool
+from cammask_fast.viz.look import Look, look_with_checkpoint, look_with_prompts, refuse_unknown_words
+from cammask_fast.viz.mask_images import apply, other_donors, photograph
+from cammask_fast.viz.mask_rows import MaskSettings
+from cammask_fast.viz.mask_tool import Drawn, Outputs, mask_photographs
 from cammask_fast.viz.plots import GalleryRow
 
 
+@cache
 def tiny(*prompts: str) -> Look:
     return look_with_prompts("tiny", "tiny", prompts, "cpu")
+
+
+def sheet(photographs: list[Path], look: Look, out: Path, *, donors: Path | None = None, **settings: Any) -> Drawn:
+    return mask_photographs(photographs, look, MaskSettings(**settings), Outputs(out=out), donors=donors)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_a_sheet_has_a_row_per_photograph_and_prompt(digits: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "new" / "sheet.png"
     prompts = ["a photo of the number seven.", "the digit two."]
-    assert mask_photographs(digits[:2], tiny(*prompts), out=out) == [out]
+    assert sheet(digits[:2], tiny(*prompts), out).pages == [out]
     width, height = Image.open(out).size
     assert width >= 6 * 224
     assert height >= 4 * 224
@@ -60,7 +62,7 @@ def test_a_sheet_has_a_row_per_photograph_and_prompt(digits: list[Path], tmp_pat
 
 @pytest.mark.parametrize("masking", ["RandMaskNoFill(0.75)", "ObjMaskNoFill(top=50%)"])
 def test_one_photograph_needs_no_donor_where_nothing_is_filled(digits: list[Path], tmp_path: Path, masking: str) -> None:
-    mask_photographs(digits[:1], tiny("a seven."), out=tmp_path / "a.png", masking=masking)
+    sheet(digits[:1], tiny("a seven."), tmp_path / "a.png", masking=masking)
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
@@ -91,17 +93,17 @@ def test_the_tiny_model_says_which_prompts_it_knows() -> None:
 
 
 def test_missing_donors_and_other_mistakes(digits: list[Path], tmp_path: Path) -> None:
-    def sheet(**options: object) -> None:
-        mask_photographs(digits[:1], tiny("a seven."), **{"out": tmp_path / "a.png", **options})  # type: ignore[arg-type]
+    def one(**options: Any) -> None:
+        sheet(digits[:1], tiny("a seven."), **{"out": tmp_path / "a.png", **options})
 
     with pytest.raises(ValueError, match="--donors FOLDER"):
-        sheet()
+        one()
     with pytest.raises(ValueError, match="no images in"):
-        sheet(donors=tmp_path)
+        one(donors=tmp_path)
     with pytest.raises(ValueError, match=r"expected a \.png file"):
-        sheet(out=tmp_path / "a.jpg")
+        one(out=tmp_path / "a.jpg")
     with pytest.raises(ValueError, match=r"k: expected 1\.\.36 patches"):
-        sheet(donors=digits[0].parent, masking="ObjMaskSingleFill(top=37)")
+        one(donors=digits[0].parent, masking="ObjMaskSingleFill(top=37)")
 
 
 def test_an_all_zero_cam_is_one_clear_line(digits: list[Path], tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_an_all_zero_cam_is_one_clear_line(digits: list[Path], tmp_path: Path) -
     blind = tmp_path / "blind.safetensors"
     save_file(weights, blind)
     with pytest.raises(ValueError, match=r"a seven\.' is zero everywhere: nothing in the picture"):
-        mask_photographs(digits, look_with_prompts("tiny", str(blind), ["a seven."], "cpu"), out=tmp_path / "a.png")
+        sheet(digits, look_with_prompts("tiny", str(blind), ["a seven."], "cpu"), tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
 
 
@@ -121,7 +123,7 @@ def test_an_all_zero_cam_is_one_clear_line(digits: list[Path], tmp_path: Path) -
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[GalleryRow]]]:
     """The pages that would be drawn."""
     pages: list[tuple[str, list[GalleryRow]]] = []
-    monkeypatch.setattr(mask_images, "gallery", lambda path, rows, cell: pages.append((path.name, list(rows))))
+    monkeypatch.setattr(mask_tool, "gallery", lambda path, rows, cell: pages.append((path.name, list(rows))))
     return pages
 
 
@@ -147,9 +149,9 @@ def test_a_checkpoint_has_rows_of_its_classes(digits: list[Path], tmp_path: Path
 
 def test_many_classes_get_the_predicted_one(digits: list[Path], tmp_path: Path, drawn: Pages) -> None:
     look = look_with_checkpoint(checkpoint(tmp_path / "best.safetensors", CLASS_NAMES), [], "cpu")
-    mask_photographs(digits, look, out=tmp_path / "m.png")
+    sheet(digits, look, tmp_path / "m.png")
     shown = [row.title for _, rows in drawn for row in rows]
-    images = torch.stack([mask_images.photograph(path, 48) for path in digits])
+    images = torch.stack([photograph(path, 48) for path in digits])
     with torch.no_grad():
         best = look.model(normalise(images)).logits.argmax(1).tolist()
     assert shown == [f"{path.name}\n{CLASS_NAMES[label]}" for path, label in zip(digits, best, strict=True)]
@@ -164,21 +166,25 @@ def test_many_photographs_go_in_chunks(
 ) -> None:
     """Same maps and masks, few images per graph and per chunk, numbered pages, one line for what cannot be read."""
     photographs = [*digits, *digits, digits[0]]
-    mask_photographs(photographs, tiny("a seven."), out=tmp_path / "m.png", masking="ObjMaskNoFill(0.3)")
+    sheet(photographs, tiny("a seven."), tmp_path / "m.png", masking="ObjMaskNoFill(0.3)")
     ((name, whole),) = drawn
     drawn.clear()
-    for setting, value in (("CHUNK", 2), ("TOKENS_OF_A_GRAPH", 37), ("ROWS_OF_A_PAGE", 4)):
-        monkeypatch.setattr(mask_images, setting, value)
+    for module, setting, value in (
+        (mask_tool, "CHUNK", 2),
+        (look_module, "TOKENS_OF_A_GRAPH", 37),
+        (mask_tool, "ROWS_OF_A_PAGE", 4),
+    ):
+        monkeypatch.setattr(module, setting, value)
     graphs: list[int] = []
 
     def counted(model: Classifier, images: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
         graphs.append(len(images))
         return relevance_of(model, images, *more, **options)
 
-    monkeypatch.setattr("cammask_fast.viz.mask_images.relevance_of", counted)
+    monkeypatch.setattr("cammask_fast.viz.look.relevance_of", counted)
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
-    written = mask_photographs([*photographs, broken], tiny("a seven."), out=tmp_path / "m.png", masking="ObjMaskNoFill(0.3)")
+    written = sheet([*photographs, broken], tiny("a seven."), tmp_path / "m.png", masking="ObjMaskNoFill(0.3)").pages
     assert name == "m.png"
     assert [path.name for path in written] == ["m-1.png", "m-2.png", "m-3.png"] == [page for page, _ in drawn]
     rows = [row for _, page in drawn for row in page]
@@ -189,14 +195,14 @@ def test_many_photographs_go_in_chunks(
         assert torch.equal(ours.strategies["object mask, removed"][0], theirs.strategies["object mask, removed"][0])
     assert f"left out: 1, {broken}" in capsys.readouterr().err
     drawn.clear()
-    monkeypatch.setattr(mask_images, "CHUNK", 3)  # the last chunk has one photograph, which is filled from the others
-    mask_photographs(digits, tiny("a seven."), out=tmp_path / "m.png", masking="ObjMaskSingleFill(0.3)")
+    monkeypatch.setattr(mask_tool, "CHUNK", 3)  # the last chunk has one photograph, which is filled from the others
+    sheet(digits, tiny("a seven."), tmp_path / "m.png", masking="ObjMaskSingleFill(0.3)")
     assert len(drawn[0][1]) == 4
     assert all(
         (row.image != row.strategies["object mask, filled from one image"][1]).any() for _, page in drawn for row in page
     )
     with pytest.raises(ValueError, match=r"cannot read the image .*broken\.jpg"):
-        mask_photographs([broken], tiny("a seven."), out=tmp_path / "m.png", masking="ObjMaskNoFill(0.3)")
+        sheet([broken], tiny("a seven."), tmp_path / "m.png", masking="ObjMaskNoFill(0.3)")
 
 
 def test_the_first_layer_of_the_rollout(digits: list[Path], tmp_path: Path, drawn: Pages) -> None:

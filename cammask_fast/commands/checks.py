@@ -9,7 +9,7 @@ from cammask_fast.commands.settings import given_settings, train_config
 from cammask_fast.data.augment import Augment
 from cammask_fast.model.names import check_architecture
 from cammask_fast.recipes.run_recipe import is_recipe_file, open_recipe
-from cammask_fast.strategy import parse_strategy
+from cammask_fast.strategy import parse_strategy, shown_strategies
 
 BENCHMARK = "texture-digits"
 ABOVE_ZERO = ("save_every", "keep", "log_every", "timeout")
@@ -22,7 +22,9 @@ def check(args: dict[str, Any]) -> None:
     """
     if args.get("arch"):
         check_architecture(args["arch"])
-    if args.get("masking"):
+    if args.get("threshold"):
+        shown_strategies(args["masking"], args["threshold"])
+    elif args.get("masking"):
         parse_strategy(args["masking"], upsample=args.get("upsample") or "nearest")
     if args.get("augment"):
         Augment.parse(args["augment"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -20,12 +22,15 @@ import matplotlib.pyplot as plt
 
 class GalleryRow(NamedTuple):
     """One image of the gallery: uint8 (H, W, 3); its CAM, float (G, G) in [0, 1]; and for each strategy the mask, bool (G, G),
-    True = masked, and the counterfactual, uint8 (H, W, 3)."""
+    True = masked, and the counterfactual, uint8 (H, W, 3). notes: what stands under the mask of a strategy, under the CAM
+    (`CAM`) and under the image (the empty name). boxes: by strategy, left, top, right and bottom in patches."""
 
     title: str
     image: Tensor
     cam: Tensor
     strategies: Mapping[str, tuple[Tensor, Tensor]]
+    notes: Mapping[str, str] = MappingProxyType({})
+    boxes: Mapping[str, Sequence[tuple[int, ...]]] = MappingProxyType({})
 
 
 def contact_sheet(path: Path, rows: Mapping[str, Tensor], *, zoom: int = 2) -> None:
@@ -104,10 +109,17 @@ def gallery_figure(rows: Sequence[GalleryRow], *, cell: float = 1.35) -> Figure:
     for line, row in zip(axes, rows, strict=True):
         line[0].imshow(row.image.numpy())
         line[0].set_title(row.title.replace("$", r"\$"), fontsize=8)
+        _under(line[0], row.notes.get("", ""))
         show_cam(line[1], row.image, row.cam)
+        _under(line[1], row.notes.get("CAM", ""))
         for i, name in enumerate(names):
             mask, filled = row.strategies[name]
             show_masked(line[2 + 2 * i], row.image, mask)
+            _under(line[2 + 2 * i], row.notes.get(name, ""))
+            patch = row.image.shape[0] / mask.shape[0]
+            for left, top, right, bottom in row.boxes.get(name, ()):
+                corner, size = (left * patch - 0.5, top * patch - 0.5), ((right - left) * patch, (bottom - top) * patch)
+                line[2 + 2 * i].add_patch(Rectangle(corner, *size, fill=False, edgecolor="yellow", linewidth=1.2))
             line[3 + 2 * i].imshow(filled.numpy())
         for axis in line:
             axis.axis("off")
@@ -116,6 +128,12 @@ def gallery_figure(rows: Sequence[GalleryRow], *, cell: float = 1.35) -> Figure:
         axes[0][2 + 2 * i].set_title(f"{name}\nmask", fontsize=8)
         axes[0][3 + 2 * i].set_title("counterfactual", fontsize=8)
     return figure
+
+
+def _under(axis: Any, note: str) -> None:
+    """A small line under a picture."""
+    if note:
+        axis.text(0.5, -0.02, note, transform=axis.transAxes, ha="center", va="top", fontsize=7)
 
 
 def map_figure(images: Tensor, maps: Tensor, titles: Sequence[str]) -> Any:
