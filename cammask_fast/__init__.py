@@ -22,10 +22,12 @@ if TYPE_CHECKING:
         Counterfactuals,
         FineTuned,
         Maps,
+        MapScores,
         Model,
         Scores,
         audit,
         cam,
+        cam_bench,
         counterfactual,
         evaluate,
         export,
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Audit", "Counterfactuals", "FineTuned", "Maps", "Model", "Scores",
-    "audit", "cam", "counterfactual", "evaluate", "export", "fine_tune", "load", "train_step",
+    "Audit", "Counterfactuals", "FineTuned", "MapScores", "Maps", "Model", "Scores",
+    "audit", "cam", "cam_bench", "counterfactual", "evaluate", "export", "fine_tune", "load", "train_step",
 ]  # fmt: skip
 
 

@@ -300,6 +300,15 @@ def build_parser() -> Parser:
     _loading(audit)
     _shared(audit, precisions=PRECISIONS)
 
+    text = "which map of a model is the best? Known masks, insertion and deletion, perturbation, ROAD"
+    bench = command("cam-bench", "cam_bench.run_cam_bench", text)
+    bench.add_argument("model", metavar="MODEL", help=MODEL)
+    _cam_bench(bench)
+    _class_text(bench)
+    _loading(bench)
+    _strict(bench)
+    _shared(bench)
+
     compare = command("compare", "compare.run_compare", "accuracies, paired differences and settings of finished runs")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of `cammask train`")
     compare.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots")
@@ -387,6 +396,38 @@ def _model(parser: Parser) -> None:
         "--arch", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or an open_clip ViT name (default: tiny)"
     )
     parser.add_argument("--pretrained", default="", help="tiny, openai, a tag of open_clip, or a FILE or folder of weights")
+
+
+def _cam_bench(parser: Parser) -> None:
+    """What is measured, and how."""
+    text = (
+        "class folders, tar shards, or texture-digits (default): the ID images of the embedded benchmark, whose masks are known"
+    )
+    parser.add_argument("--data", default="texture-digits", metavar="FOLDER", help=text)
+    text = "mask images of the objects, by the photograph's path below --data (default: only what needs no masks is measured)"
+    parser.add_argument("--masks", type=Path, metavar="FOLDER", help=text)
+    text = "%(choices)s, which is chance (default: all)"
+    parser.add_argument("--cam", nargs="+", choices=(*get_args(Cam), "random"), metavar="NAME", help=text)
+    parser.add_argument("--cam-start-layer", type=int, default=0, metavar="LAYER", help="first layer that a map takes in")
+    text, groups = "%(choices)s (default: all that can be measured)", ("masks", "insertion-deletion", "perturbation", "road")
+    parser.add_argument("--metrics", nargs="+", choices=groups, metavar="NAME", help=text)
+    text = "measure at most so many images, evenly over the classes (default: %(default)s)"
+    parser.add_argument("--images", type=int, default=300, metavar="N", help=text)
+    text = "whose logit a map explains: of the image's label (default), or of the class that is predicted"
+    parser.add_argument("--explain", choices=("label", "predicted"), default="label", help=text)
+    text = "how a map comes to pixels (default: %(default)s)"
+    parser.add_argument("--upsample", choices=("bilinear", "nearest"), default="bilinear", help=text)
+    text = "of the normalised map for the fixed figures of masks (default: %(default)s, the object mask's)"
+    parser.add_argument("--threshold", type=float, default=0.3, metavar="VALUE", help=text)
+    text = "of the pointing game, in pixels at an image side of 224 (default: %(default)s)"
+    parser.add_argument("--tolerance", type=float, default=15.0, metavar="PIXELS", help=text)
+    text = "of insertion and deletion (default: as many as the image has rows of pixels, as RISE does)"
+    parser.add_argument("--steps", type=int, default=0, metavar="N", help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of the images, ROAD's noise and the random map")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line per map and metric")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--arch", help="architecture of a file with a CLIP's weights")
+    parser.add_argument("--pretrained", default="", help="weights of a pre-trained model, as for zeroshot")
 
 
 def _class_text(parser: Parser) -> None:

@@ -238,7 +238,7 @@ def test_the_table_of_metrics() -> None:
         values = dict.fromkeys(METRICS, value)
         return {
             "op": "cam-bench", "method": "ft", "seed": seed, "cam": cam, "images": 300, "values": values,
-            "cpu_milliseconds": 1.5, "cpu": "x", "threads": 1, "torch": "y", "commit": f"c{seed}",
+            "perturbed": 100, "cpu_milliseconds": 1.5, "cpu": "x", "threads": 1, "torch": "y", "commit": f"c{seed}",
         }  # fmt: skip
 
     text = maps.section(
@@ -291,6 +291,25 @@ def test_what_is_recorded_is_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_p
     made.clear()
     assert maps.main(Namespace(**{**vars(options), "cams": ["mm-cam", "grad-cam"], "measured": [0]})) == 0
     assert made == [(name, 0, "grad-cam") for name in maps.METHODS] + [("grad-cam", "masked-object", 0, {"cam": "grad-cam"})]
+
+
+def test_a_record_of_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "IMAGES", 4)
+    monkeypatch.setattr(maps, "PERTURBED", 1)
+    for function in (maps.known_images, maps.trained):
+        function.cache_clear()
+    images, labels, _ = maps.known_images()
+    found, chance = maps.measured("zeroshot", 0, ["grad-cam", RANDOM])
+    maps.known_images.cache_clear()
+    model = maps.trained("zeroshot", 0, "mm-cam")[0]
+    assert (found["cam"], chance["cam"]) == ("grad-cam", RANDOM)
+    assert set(found["values"]) == set(METRICS)
+    assert found["cpu_milliseconds"] > chance["cpu_milliseconds"] == 0.0
+    only = MapProtocol(cams=("grad-cam",), groups=("perturbation",))
+    own = measure_maps(model, images[:1], labels[:1], protocol=only)["grad-cam"].values
+    assert {name: found["values"][name] for name in own} == own
+    assert "energy" in found["errors"]
+    assert "positive" not in found["errors"], "of a single image"
 
 
 def test_the_methods_of_the_bench_are_methods() -> None:

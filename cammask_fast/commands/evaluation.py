@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -172,8 +172,8 @@ def refuse_with_checkpoint(args: Options, checkpoint: Path) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: {checkpoint} brings its own head and classes")
 
 
-def tell_seen(sets: Mapping[str, EvaluationSet], trained_on: str | None) -> None:
-    """Say where a set is the one that the model was trained on. trained_on: the index of its training images."""
+def tell_seen(sets: Iterable[str], trained_on: str | None) -> None:
+    """Say where a set is the one that the model was trained on. sets: names. trained_on: the index of its training images."""
     for name in sets:
         if trained_on is not None and os.path.realpath(name) == trained_on:
             notice(f"{name}: the model was trained on images of this set, so its accuracy there says little about new images")
