@@ -409,6 +409,8 @@ def _cam_bench(parser: Parser) -> None:
     text = "%(choices)s, which is chance (default: all)"
     parser.add_argument("--cam", nargs="+", choices=(*get_args(Cam), "random"), metavar="NAME", help=text)
     parser.add_argument("--cam-start-layer", type=int, default=0, metavar="LAYER", help="first layer that a map takes in")
+    text = "what is subtracted from the explained score (default: nothing)"
+    parser.add_argument("--cam-contrast", default="none", choices=get_args(CamContrast), help=text)
     text, groups = "%(choices)s (default: all that can be measured)", ("masks", "insertion-deletion", "perturbation", "road")
     parser.add_argument("--metrics", nargs="+", choices=groups, metavar="NAME", help=text)
     text = "measure at most so many images, evenly over the classes (default: %(default)s)"

@@ -196,6 +196,10 @@ def test_what_cannot_be_measured(monkeypatch: pytest.MonkeyPatch, model: Classif
         ({"threshold": -0.1}, "threshold: expected"),
         ({"tolerance": -1.0}, "tolerance: expected 0 or more"),
         ({"steps": -1}, "steps: expected 1 or more"),
+        ({"start_layer": -1}, "start_layer: expected 0 or more"),
+        ({"contrast": "last"}, "unknown cam_contrast 'last'"),
+        ({"cams": (RANDOM, "grad-cam"), "start_layer": 1}, "Grad-CAM looks at the last layer only"),
+        ({"cams": ("rollout",), "contrast": "mean"}, "attention rollout has no class score"),
     ],
 )
 def test_wrong_settings(settings: Mapping[str, Any], words: str) -> None:
@@ -206,6 +210,18 @@ def test_wrong_settings(settings: Mapping[str, Any], words: str) -> None:
 def test_a_map_is_measured_once() -> None:
     assert MapProtocol(cams=("mm-cam", "mm-cam")).chosen_cams == ("mm-cam",)
     assert MapProtocol().chosen_cams == (*CAMS, RANDOM)
+    late = MapProtocol(start_layer=1, contrast="mean").chosen_cams
+    assert set(CAMS) - set(late) == {"grad-cam", "rollout"}
+    assert late[-1] == RANDOM
+
+
+def test_start_layer_and_contrast_reach_the_map(model: Classifier, images: Tensor) -> None:
+    shared: dict[str, Any] = {"cams": ("mm-cam",), "groups": ("insertion-deletion",)}
+    found = [
+        measure_maps(model, images, LABELS, protocol=MapProtocol(**shared, **own))["mm-cam"].values["insertion"]
+        for own in ({}, {"start_layer": 2}, {"contrast": "runner-up"})
+    ]
+    assert len(set(found)) == 3
 
 
 def source(name: str, seed: int, id_: float, shift: float, *, val: float = 70.0) -> dict[str, Any]:
@@ -265,6 +281,7 @@ def test_what_is_recorded_is_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_p
             "method": method,
             "seed": seed,
             "images": 1,
+            "perturbed": 1,
             "values": score.values,
             "cpu_milliseconds": 1.0,
         }
@@ -293,6 +310,7 @@ def test_what_is_recorded_is_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert made == [(name, 0, "grad-cam") for name in maps.METHODS] + [("grad-cam", "masked-object", 0, {"cam": "grad-cam"})]
 
 
+@pytest.mark.slow
 def test_a_record_of_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maps, "IMAGES", 4)
     monkeypatch.setattr(maps, "PERTURBED", 1)

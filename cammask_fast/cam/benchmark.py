@@ -22,6 +22,7 @@ from cammask_fast.cam.localisation import (
 )
 from cammask_fast.cam.maps import CAMS, relevance_of
 from cammask_fast.cam.perturbation import NOISE, PERCENTS, area_under, insertion_deletion, perturbed_accuracy, road_changes
+from cammask_fast.config import check_map
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.model.classifier import Classifier
 
@@ -75,13 +76,14 @@ METRICS = {name: metric for group in GROUPS.values() for name, metric in group.i
 @dataclass(frozen=True, kw_only=True)
 class MapProtocol:
     """How maps are measured. cams: of `CAMS` and `random`; empty: all. groups: of metrics, of `GROUPS`; empty: all that can be
-    measured. start_layer: the first that maps take in. upsample: how a map comes to pixels. threshold: of the normalised map,
-    for the fixed figures. tolerance: of the pointing game, in pixels at an image side of 224. steps: of insertion and deletion;
-    0: as many as the image has rows, as RISE does. seed: of ROAD's noise and of the random map."""
+    measured. start_layer, contrast: of the maps, as for `relevance_of`. upsample: how a map comes to pixels. threshold: of the
+    normalised map, for the fixed figures. tolerance: of the pointing game, in pixels at an image side of 224. steps: of
+    insertion and deletion; 0: as many as the image has rows, as RISE does. seed: of ROAD's noise and of the random map."""
 
     cams: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     start_layer: int = 0
+    contrast: str = "none"
     upsample: str = "bilinear"
     threshold: float = 0.3
     tolerance: float = 224 * TOLERANCE
@@ -93,6 +95,11 @@ class MapProtocol:
             unknown = [one for one in getattr(self, name) if one not in known]
             if unknown:
                 raise ValueError(f"{name}: unknown {unknown[0]!r}; known: {', '.join(known)}")
+        if self.start_layer < 0:
+            raise ValueError(f"start_layer: expected 0 or more, got {self.start_layer}")
+        check_map(CAMS[0], start_layer=self.start_layer, contrast=self.contrast)
+        for cam in (one for one in self.cams if one != RANDOM):
+            check_map(cam, start_layer=self.start_layer, contrast=self.contrast)
         if self.upsample not in ("bilinear", "nearest"):
             raise ValueError(f"upsample: expected bilinear or nearest, got {self.upsample!r}")
         if not 0 <= self.threshold < 1:
@@ -104,9 +111,15 @@ class MapProtocol:
 
     @property
     def chosen_cams(self) -> tuple[str, ...]:
-        """The maps, each once; without a choice all that can start at `start_layer`."""
-        every = (*(cam for cam in CAMS if cam != "grad-cam" or not self.start_layer), RANDOM)
-        return tuple(dict.fromkeys(self.cams)) or every
+        """The maps, each once; without a choice all that can honour `start_layer` and `contrast`."""
+        return tuple(dict.fromkeys(self.cams)) or (*filter(self._fits, CAMS), RANDOM)
+
+    def _fits(self, cam: str) -> bool:
+        try:
+            check_map(cam, start_layer=self.start_layer, contrast=self.contrast)
+        except ValueError:
+            return False
+        return True
 
     def chosen_groups(self, *, masks: bool) -> tuple[str, ...]:
         """The groups of metrics in the order of `GROUPS`. Raises ValueError where masks are asked for and there are none."""
@@ -243,7 +256,9 @@ class _Measured:
         for timed in (False, True) if not self.images else (True,):
             _wait(images.device)
             begun = time.perf_counter()
-            relevance = relevance_of(model, images, labels, cam, start_layer=self.protocol.start_layer).float()
+            relevance = relevance_of(
+                model, images, labels, cam, start_layer=self.protocol.start_layer, contrast=self.protocol.contrast
+            ).float()
             _wait(images.device)
             if timed:
                 self.seconds += time.perf_counter() - begun

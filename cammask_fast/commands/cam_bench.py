@@ -30,7 +30,8 @@ def run_cam_bench(args: Options) -> None:
         args["csv"].parent.mkdir(parents=True, exist_ok=True)
     protocol = MapProtocol(
         cams=tuple(args["cam"] or ()), groups=tuple(args["metrics"] or ()), start_layer=args["cam_start_layer"],
-        upsample=args["upsample"], threshold=args["threshold"], tolerance=args["tolerance"], steps=args["steps"],
+        contrast=args["cam_contrast"], upsample=args["upsample"],
+        threshold=args["threshold"], tolerance=args["tolerance"], steps=args["steps"],
         seed=args["seed"],
     )  # fmt: skip
     opened = open_first(args, device)
@@ -76,7 +77,7 @@ def settings_of(args: Options, protocol: MapProtocol, *, size: int, device: str,
         "model": args["model"], "data": args["data"], "masks": known,
         "images": images, "explained": args["explain"], "upsample": protocol.upsample, "threshold": protocol.threshold,
         "tolerance_px": round(protocol.tolerance * size / 224, 2), "steps": protocol.steps or size, "percents": "10 to 90",
-        "cam_start_layer": protocol.start_layer, "seed": protocol.seed, "device": device,
+        "cam_start_layer": protocol.start_layer, "cam_contrast": protocol.contrast, "seed": protocol.seed, "device": device,
         "passes_per_image_and_map": protocol.passes(size, masks=masks),
     }  # fmt: skip
 
