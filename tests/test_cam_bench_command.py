@@ -25,6 +25,8 @@ from cammask_fast.model.zero_shot import tiny_classifier
 COUNT = 6
 CHEAP = ["--metrics", "masks", "perturbation", "--cam", "mm-cam", "random"]
 LOADING = ["--loader", "torch", "--workers", "0"]
+NOTHING: Any = None
+WRONG: Any = (torch.zeros(1, 48, 48, 3, dtype=torch.uint8), [1])
 SCENES = sample_scenes(evaluation_specifications()["id"])[slice(0, COUNT)]
 
 
@@ -175,12 +177,12 @@ def test_images_in_memory() -> None:
         (lambda m: cf.cam_bench(m, steps=0, colour=1), "unknown settings: colour"),
         (lambda m: cf.cam_bench(m, explain="both"), "explain: expected label or predicted, got 'both'"),
         (lambda m: cf.cam_bench(m, images=True), "images: expected 1 or more"),
-        (lambda m: cf.cam_bench(m, (render(SCENES), [1])), "a pair of images and labels"),
+        (lambda m: cf.cam_bench(m, WRONG), "a pair of images and labels"),
         (lambda m: cf.cam_bench(m, (render(SCENES), torch.full((COUNT,), 10))), "labels: expected 0 to 9, got 10 to 10"),
         (lambda m: cf.cam_bench(m, (render(SCENES), torch.zeros(2, dtype=torch.int64))), "labels: expected one per image"),
         (lambda m: cf.cam_bench(m, masks=torch.zeros(1)), "masks: expected the folder"),
         (lambda m: cf.cam_bench(m, (render(SCENES), torch.zeros(COUNT).long()), masks="x"), "masks: expected a tensor"),
-        (lambda m: cf.cam_bench(None), "model: expected a model from cf.load"),
+        (lambda m: cf.cam_bench(NOTHING), "model: expected a model from cf.load"),
     ],
 )
 def test_wrong_arguments(call: Callable[[Any], Any], words: str) -> None:
