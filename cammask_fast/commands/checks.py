@@ -22,7 +22,7 @@ def check(args: dict[str, Any]) -> None:
     """
     if args.get("arch"):
         check_architecture(args["arch"])
-    if args.get("threshold"):
+    if "masking" in args and args.get("threshold"):
         shown_strategies(args["masking"], args["threshold"])
     elif args.get("masking"):
         parse_strategy(args["masking"], upsample=args.get("upsample") or "nearest")
