@@ -114,7 +114,8 @@ def add(
         options.out,
         {
             "op": "audit", "model": name, "seed": seed, **found, **scores, "images": options.images,
-            "evaluated": options.evaluated, "contexts": options.contexts, "epochs": options.epochs, "batch_size": options.batch_size, "train_seconds": round(seconds, 1),
+            "evaluated": options.evaluated, "contexts": options.contexts,
+            "epochs": options.epochs, "batch_size": options.batch_size, "train_seconds": round(seconds, 1),
             "seconds": round(time.perf_counter() - begun, 1), **cpu_environment(),
         },
     )  # fmt: skip
@@ -149,8 +150,8 @@ def section(records: Sequence[Mapping[str, Any]]) -> str:
     last = records[-1]
     changed = "".join(f" --{name.replace('_', '-')} {last[name]}" for name in ("epochs", "batch_size") if last.get(name))
     where = (
-        f"`cammask bench audit{changed}` ({last['images']} images of the ID set, {last['contexts']} contexts each, digits that share a background as one "
-        f"group; accuracies on {last['evaluated']} images; {last['cpu']}, torch {last['torch']}, commit {last['commit']}):"
+        f"`cammask bench audit{changed}` ({last['images']} images of the ID set, {last['contexts']} contexts each, "
+        f"digits that share a background as one group; accuracies on {last['evaluated']} images; {last['cpu']}, torch {last['torch']}, commit {last['commit']}):"
     )
     lines = [*(order_line(models, masks) for masks in MASKS), *(correlation_line(records, masks) for masks in MASKS)]
     return f"{where}\n\n{table}\n\n" + "\n".join(f"- {line}" for line in lines if line)

@@ -100,7 +100,8 @@ def record(model: str, seed: int, reliance: float, flipped: float) -> dict[str, 
     figures = {"context_reliance": reliance, "object_reliance": 0.5}
     return {
         "op": "audit", "model": model, "seed": seed, "true": figures, "map": figures | {"context_reliance": reliance / 2},
-        "id": 80.0, "flipped": flipped, "images": 300, "evaluated": 1000, "contexts": 4, "batch_size": 64, "cpu": "c", "torch": "t", "commit": "x",
+        "id": 80.0, "flipped": flipped, "images": 300, "evaluated": 1000, "contexts": 4, "batch_size": 64,
+        "cpu": "c", "torch": "t", "commit": "x",
     }  # fmt: skip
 
 
