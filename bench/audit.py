@@ -151,7 +151,8 @@ def section(records: Sequence[Mapping[str, Any]]) -> str:
     changed = "".join(f" --{name.replace('_', '-')} {last[name]}" for name in ("epochs", "batch_size") if last.get(name))
     where = (
         f"`cammask bench audit{changed}` ({last['images']} images of the ID set, {last['contexts']} contexts each, "
-        f"digits that share a background as one group; accuracies on {last['evaluated']} images; {last['cpu']}, torch {last['torch']}, commit {last['commit']}):"
+        f"digits that share a background as one group; accuracies on {last['evaluated']} images; {last['cpu']}, torch "
+        f"{last['torch']}, commit {last['commit']}):"
     )
     lines = [*(order_line(models, masks) for masks in MASKS), *(correlation_line(records, masks) for masks in MASKS)]
     return f"{where}\n\n{table}\n\n" + "\n".join(f"- {line}" for line in lines if line)
