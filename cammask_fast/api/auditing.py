@@ -16,7 +16,7 @@ from cammask_fast.audit.run import AuditConfig, Audited, Subject, audit_models
 from cammask_fast.audit.subject import benchmark_groups, load_subject, read_groups
 from cammask_fast.audit.trials import choose_images
 from cammask_fast.checkpoint.heads import Classes
-from cammask_fast.data.factory import BENCHMARK, EvaluationSet, folders_of, names_of, open_evaluation
+from cammask_fast.data.factory import BENCHMARK, EvaluationSet, folders_of, names_of, open_benchmark, open_evaluation
 from cammask_fast.data.iterables import IterableLoader
 from cammask_fast.data.loaders.config import LoaderConfig
 from cammask_fast.runtime.files import write_text
@@ -118,11 +118,13 @@ def audit(
 
 
 def _one_set(data: str, model: Model) -> EvaluationSet:
+    if data == BENCHMARK:
+        return open_benchmark(["id"], model.image_size, model.class_folders, LoaderConfig(device=model.device))["id"]
     sets = open_evaluation(
         [data], image_size=model.image_size, class_folders=model.class_folders, loader_config=LoaderConfig(device=model.device),
         allow_incomplete=True,
     )  # fmt: skip
-    if len(sets) > 1 and data != BENCHMARK:
+    if len(sets) > 1:
         raise ValueError(f"data {data}: holds several sets, {', '.join(sets)}: name the folder of one")
     return next(iter(sets.values()))
 

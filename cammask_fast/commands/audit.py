@@ -20,7 +20,7 @@ from cammask_fast.commands.predictions import write_csv
 from cammask_fast.commands.shared import Options, device_of, loader_config_of, say_unreadable, zero_shot_model
 from cammask_fast.config import Precision
 from cammask_fast.data.class_names import some
-from cammask_fast.data.factory import BENCHMARK, EvaluationSet, folders_of, names_of, open_evaluation
+from cammask_fast.data.factory import BENCHMARK, EvaluationSet, folders_of, names_of, open_benchmark, open_evaluation
 from cammask_fast.data.loaders.config import LoaderConfig
 from cammask_fast.distributed import World
 from cammask_fast.model.classifier import Classifier
@@ -150,12 +150,13 @@ def open_set(data: str, model: Opened, loader_config: LoaderConfig) -> tuple[str
     Raises:
         ValueError: several sets, or data that cannot be used.
     """
+    size = model.model.visual.config.image_size
+    if data == BENCHMARK:
+        return ID, open_benchmark([ID], size, model.classes.folders, loader_config)[ID]
     sets = open_evaluation(
-        [data], image_size=model.model.visual.config.image_size, class_folders=model.classes.folders,
+        [data], image_size=size, class_folders=model.classes.folders,
         loader_config=loader_config, allow_incomplete=True,
     )  # fmt: skip
-    if data == BENCHMARK:
-        return ID, sets[ID]
     if len(sets) > 1:
         raise ValueError(f"--data {data}: holds several sets, {some(list(sets))}; name the folder of one")
     return next(iter(sets.items()))

@@ -213,15 +213,7 @@ def _open_one(
     data: str, image_size: int, folders: tuple[str, ...], loader_config: LoaderConfig, *, allow_incomplete: bool
 ) -> dict[str, EvaluationSet]:
     if data == BENCHMARK:
-        _refuse_other_size(image_size)
-        if folders != CLASS_NAMES:
-            raise ValueError(f"{BENCHMARK} has the classes {', '.join(CLASS_NAMES)}; this model has others")
-        return {
-            name: EvaluationSet(
-                _benchmark_loader(name, loader_config), rendered(split)[1], CLASS_NAMES, torch.arange(len(folders))
-            )
-            for name, split in evaluation_specifications().items()
-        }
+        return open_benchmark(tuple(evaluation_specifications()), image_size, folders, loader_config)
     own_name, folder = named_set(data)
     if own_name:
         found = _open_one(folder, image_size, folders, loader_config, allow_incomplete=allow_incomplete)
@@ -235,6 +227,35 @@ def _open_one(
     images = labelled_by(open_source(evaluation_location(data)), folders)
     loader = loader_config.build(images, Transform(size=image_size), batch_size=EVALUATION_BATCH)
     return {images.where: EvaluationSet(loader, images.labels, folders, torch.arange(len(folders)))}
+
+
+def open_benchmark(
+    names: Sequence[str], image_size: int, class_folders: Sequence[str], loader_config: LoaderConfig
+) -> dict[str, EvaluationSet]:
+    """Some of the benchmark's evaluation sets; only these are rendered.
+
+    Args:
+        names: keys of `evaluation_specifications`.
+        image_size: of the model, pixels.
+        class_folders: the classes of the model.
+        loader_config: processes that share the images.
+
+    Returns:
+        The sets by name.
+
+    Raises:
+        ValueError: the model takes other images or has other classes.
+    """
+    _refuse_other_size(image_size)
+    if tuple(class_folders) != CLASS_NAMES:
+        raise ValueError(f"{BENCHMARK} has the classes {', '.join(CLASS_NAMES)}; this model has others")
+    return {
+        name: EvaluationSet(
+            _benchmark_loader(name, loader_config), rendered(evaluation_specifications()[name])[1], CLASS_NAMES,
+            torch.arange(len(CLASS_NAMES)),
+        )
+        for name in names
+    }  # fmt: skip
 
 
 def named_set(data: str) -> tuple[str, str]:

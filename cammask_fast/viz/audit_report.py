@@ -100,10 +100,10 @@ def verdicts(audited: Audited) -> list[str]:
     for name, found in zip(audited.names, audited.findings, strict=True):
         words = []
         if CONTEXT in found.reliance:
-            words.append(_verdict(found.reliance[CONTEXT], "the context decides: those of other classes take", "the context"))
+            words.append(_verdict(found.reliance[CONTEXT], "the context", "the context of other classes", "that of its own"))
         else:
             words.append("context reliance cannot be known: all images are of one class or group")
-        words.append(_verdict(found.reliance[OBJECT], "the object decides: filling it takes", "the object"))
+        words.append(_verdict(found.reliance[OBJECT], "the object", "filling the object", "as many random patches"))
         said.append(f"{name}: {'; '.join(words)}")
     if audited.comparison is not None and CONTEXT in audited.comparison.differences:
         one = audited.comparison.differences[CONTEXT]
@@ -265,13 +265,15 @@ def _sign(one: Interval) -> int:
     return 0 if bounds is None else (bounds[0] > 0) - (bounds[1] < 0)
 
 
-def _verdict(one: Interval, positive: str, what: str) -> str:
+def _verdict(one: Interval, what: str, change: str, control: str) -> str:
+    """A clause about reliance. what: on which. change, control: what is compared."""
+    bounds = one.bounds()
+    where = "" if bounds is None else f" ({LEVEL:.0%} interval {100 * bounds[0]:+.1f} to {100 * bounds[1]:+.1f})"
     points = 100 * (one.value or 0.0)
-    if _sign(one) > 0:
-        return f"{positive} {points:.1f} points of probability from the true class, {reliance_words(one)}"
-    if _sign(one) < 0:
-        return f"{what} works against the true class, {reliance_words(one)}"
-    return f"no reliance on {what} is told apart from zero, {reliance_words(one)}"
+    if not _sign(one):
+        return f"no reliance on {what} is told apart from zero, {points:+.1f} points of probability{where}"
+    verb = "takes" if points > 0 else "gives"
+    return f"{change} {verb} {abs(points):.1f} points of the true class's probability{where} beyond {control}"
 
 
 def _plain(name: str, most: int) -> str:
