@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import defaults, maps, report, scaling
+from bench import audit, defaults, maps, report, scaling
 from bench.gpu import tables
 from bench.records import ROOT, read
 from bench.step import less_work
@@ -51,6 +51,7 @@ SECTIONS = (
     Section("demo-full", "docs/results.md", lambda results: summary(demo_of(results, "demo-full.json"))),
     Section("defaults", "docs/results.md", lambda results: defaults.section(read(results / defaults.RECORDS.name))),
     Section("maps", "docs/maps.md", lambda results: maps.section(records_of(results)) or report.NO_CPU),
+    Section("audit", "docs/audit.md", lambda results: audit.section(records_of(results))),
     Section("data", "docs/data.md", lambda results: report.data_section(records_of(results))),
     Section("gpu", "docs/kernels.md", lambda results: report.gpu_section(records_of(results))),
     Section("cpu", "docs/kernels.md", kernels_on_cpu),

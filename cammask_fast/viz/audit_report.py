@@ -233,8 +233,8 @@ def audit_page(audited: Audited, settings: Mapping[str, str]) -> str:
     Returns:
         HTML.
     """
-    title = " against ".join(audited.names)
-    return render("audit.html", title=f"What {title} looks at", audit=view(audited), settings=list(settings.items()))
+    title = f"What {audited.names[0]} looks at" + "".join(f", against {name}" for name in audited.names[1:])
+    return render("audit.html", title=title, audit=view(audited), settings=list(settings.items()))
 
 
 def _columns(audited: Audited, *titles: str) -> list[str]:
