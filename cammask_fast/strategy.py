@@ -28,7 +28,7 @@ class Strategy:
     top_share: float | None = None
     """The same as a share of the patches, rounded down."""
     upsample: str = "nearest"
-    """`nearest`, or `bilinear`: the relevance is interpolated to pixels before the comparison (threshold and a fill only)."""
+    """`nearest`, or `bilinear`: the relevance is interpolated to pixels before the comparison (masks by a map, with a fill)."""
 
     def __post_init__(self) -> None:
         if self.selection not in SELECTIONS.values() or self.fill not in FILLS.values():
@@ -45,8 +45,8 @@ class Strategy:
             raise ValueError("a random mask takes its share p, not top-k: write RandMaskSingleFill(0.5)")
         if self.upsample not in ("nearest", "bilinear"):
             raise ValueError(f"upsample: expected nearest or bilinear, got {self.upsample!r}")
-        if self.upsample == "bilinear" and (self.threshold is None or self.fill == "none" or self.selection == "random"):
-            raise ValueError("bilinear up-sampling needs an object or context threshold and a fill; use nearest here")
+        if self.upsample == "bilinear" and (self.fill == "none" or self.selection == "random"):
+            raise ValueError("bilinear up-sampling needs an object or context mask and a fill; use nearest here")
 
     @property
     def needs_cam(self) -> bool:

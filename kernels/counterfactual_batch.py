@@ -2,6 +2,7 @@
 
     c = relevance / (max over patches + 1e-8)                              per image
     m = (c > threshold, or c among the top_k highest) xor context          per patch, or per pixel after bilinear up-sampling
+                                                                           (there the top_k * p * p highest)
     out[n] = (where(m, images[donor], images[n]) / 255 - mean) / std
 
 Source: paper section 3.3 (masking and filling) and CLIP's pixel normalisation.
@@ -31,6 +32,7 @@ from .pixels import (
 )
 from .reference.counterfactual_batch import counterfactual_batch as reference_counterfactual_batch
 from .reference.pixels import grid_of, image_size
+from .top_pixels import plan_top_pixels
 
 OPTIONS = ("threshold", "top_k", "context", "upsample", "dtype", "layout", "constant", "first")
 """Of the operator, in the order of its schema; they are described at `counterfactual_batch`."""
@@ -63,6 +65,8 @@ def plan_counterfactual_batch(
         A list of one launch.
     """
     grid = grid_of(relevance.shape[1], image_size(images)[2])
+    if upsample == "bilinear" and threshold is None:
+        return [plan_top_pixels(out, images, grid=grid, selector=relevance, donors=donors, layout=layout, **options)]
     select = "top_k" if threshold is None else "bilinear" if upsample == "bilinear" else "threshold"
     shape: dict[str, Any] = {"layout": layout, "grid": (grid, grid)}
     return [plan_pixels(out, images, **shape, select=select, selector=relevance, donors=donors, threshold=threshold, **options)]
@@ -136,10 +140,11 @@ def counterfactual_batch(
             a threshold, all tie in top_k.
         donors: int64 (N,), (N, P) or None, as for `masked_fill`.
         threshold: in [0, 1]; the object mask is c > threshold (strict). Exactly one of threshold and top_k.
-        top_k: in 1..P; the object mask is the top_k patches with the highest c, ties to the lower index.
+        top_k: in 1..P; the object mask is the top_k patches with the highest c, ties to the lower index; with bilinear
+            up-sampling the top_k * p * p pixels with the highest.
         context: mask everything else instead.
-        upsample: `nearest`, or `bilinear` (threshold only): c is interpolated to pixels (align_corners=False, edges clamped)
-            before the comparison.
+        upsample: `nearest`, or `bilinear`: c is interpolated to pixels (align_corners=False, edges clamped) before the
+            comparison.
         dtype: of the result, as for `normalise`.
         layout: of the result, as for `normalise`.
         constant: as for `masked_fill`.
@@ -166,8 +171,6 @@ def counterfactual_batch(
         raise ValueError(f"top_k: expected 1..{patches} patches, got {top_k}")
     if upsample not in ("nearest", "bilinear"):
         raise ValueError(f"upsample: expected nearest or bilinear, got {upsample!r}")
-    if upsample == "bilinear" and top_k is not None:
-        raise ValueError("upsample: bilinear up-sampling takes a threshold, not top_k")
     check_fill(donors, constant, images, relevance)
     return torch.ops.cammask.counterfactual_batch(
         images, relevance, donors, threshold, top_k, context, upsample, dtype, layout, constant, first

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from cammask_fast.kernels.normalise import normalise
 from cammask_fast.kernels.reference import patch_select
-from cammask_fast.masking import MaskRandomness, Strategy, counterfactual, masked_input, parse_strategy, sample_mask_randomness
+from cammask_fast.masking import (
+    MaskRandomness,
+    Strategy,
+    counterfactual,
+    mask_share,
+    masked_input,
+    parse_strategy,
+    sample_mask_randomness,
+)
 
 PAPER = {
     "RandMaskNoFill(0.75)": ("random", "none", 0.75),
@@ -120,9 +128,9 @@ def test_strategies_that_make_no_sense_are_refused(arguments: dict[str, object],
         Strategy(**arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["ObjMaskSingleFill(top=3)", "ObjMaskNoFill(0.3)", "RandMaskSingleFill(0.5)"])
+@pytest.mark.parametrize("name", ["ObjMaskNoFill(top=3)", "ObjMaskNoFill(0.3)", "RandMaskSingleFill(0.5)"])
 def test_bilinear_is_refused_where_it_has_no_meaning(name: str) -> None:
-    with pytest.raises(ValueError, match="bilinear up-sampling needs an object or context threshold and a fill"):
+    with pytest.raises(ValueError, match="bilinear up-sampling needs an object or context mask and a fill"):
         parse_strategy(name, upsample="bilinear")
 
 
@@ -288,6 +296,27 @@ def test_bilinear_masks_pixels_by_interpolated_relevance() -> None:
     assert torch.equal(ctx.mask, ~obj.mask)
     assert draws.donors is not None
     assert torch.equal(obj.images, torch.where(obj.mask[..., None], pixels[draws.donors], pixels))
+
+
+def test_bilinear_and_top_k_mask_the_pixels_of_the_highest_interpolated_relevance() -> None:
+    pixels, cam, draws = images(), relevance(), draw("ObjMaskSingleFill(top=3)")
+    obj, ctx = (parse_strategy(f"{name}MaskSingleFill(top=3)", upsample="bilinear") for name in ("Obj", "Ctx"))
+    found = counterfactual(pixels, cam, obj, draws, grid=GRID)
+    smooth = torch.nn.functional.interpolate(cam.double().view(COUNT, 1, GRID, GRID), scale_factor=PATCH, mode="bilinear")
+    cut = smooth.flatten(1).sort(descending=True).values[:, 3 * PATCH**2 - 1].view(-1, 1, 1)
+    certain = (smooth[:, 0] - cut).abs() > 1e-6
+    assert certain.double().mean() > 0.9
+    assert torch.equal(found.mask[certain], (smooth[:, 0] > cut)[certain])
+    assert found.mask.flatten(1).sum(1).tolist() == [3 * PATCH**2] * COUNT
+    assert torch.equal(counterfactual(pixels, cam, ctx, draws, grid=GRID).mask, ~found.mask)
+    for strategy, mask in ((obj, found.mask), (ctx, ~found.mask)):
+        made = masked_input(pixels, cam, strategy, draws, grid=GRID).pixels
+        assert made is not None
+        assert draws.donors is not None
+        filled = torch.where(mask[..., None], pixels[draws.donors], pixels)
+        torch.testing.assert_close(made, normalise(filled))
+    share = mask_share(cam, obj, draws, patches=GRID**2)
+    assert share.item() == pytest.approx(found.mask.float().mean().item())
 
 
 def test_an_all_zero_map_masks_no_object_and_the_whole_context() -> None:

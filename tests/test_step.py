@@ -49,6 +49,7 @@ CONFIGS = {
     "grad-cam": replace(FD, method="masked-object", cam="grad-cam"),
     "late-layers": replace(FD, method="masked-object", cam_start_layer=1),
     "bilinear": replace(FD, method="masked-context", upsample="bilinear"),
+    "bilinear-top-k": replace(FD, masking="ObjMaskSingleFill(top=5)", upsample="bilinear"),
     "legrad": replace(FD, method="masked-object", cam="legrad", cam_start_layer=1, cam_contrast="runner-up"),
     "legrad-final": replace(FD, method="masked-topk", cam="legrad-final", cam_start_layer=1),
     "rollout": replace(FD, method="masked-object", cam="rollout"),

@@ -168,6 +168,8 @@ def cases() -> list[Case]:
                 for select in ("threshold nearest", "top-k nearest", "threshold bilinear")
                 for layout in ("nchw", "patches")
             ]
+            if dtype != "fp16":
+                found += [Case("counterfactual_batch", f"{model} {dtype} top-k bilinear single patches", 0, "")]
             found += [Case("counterfactual_batch", f"{model} {dtype} threshold nearest multi patches", 0, wide)]
         found += [Case("counterfactual_batch", f"{model} bf16 threshold nearest constant patches", 0, wide)]
         found += [Case("counterfactual_batch", f"{model} bf16 threshold nearest float single patches", 0, "")]
@@ -215,6 +217,8 @@ def bytes_moved(case: Case) -> tuple[int, int]:
         return floor + BATCH * arch.patches * 4 * chunks, floor
     if case.op in ("normalise", "masked_fill", "counterfactual_batch"):
         floor = pixels * ((4 if "float" in options else 1) + item)
+        if "top-k" in options and "bilinear" in options:  # four patches' relevance per pixel, in every step of the bisection
+            return floor + 35 * BATCH * IMAGE * IMAGE * 4 * 4, floor
         return floor, floor  # each pixel is loaded once; maps, masks and donors are a thousandth of it
     launch = plan(case.op, case.configuration)[case.launch]
     return legrad_bytes(launch) if case.op == "legrad" else relevance_bytes(launch)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cammask_fast.kernels.counterfactual_batch import counterfactual_batch
 from cammask_fast.kernels.masked_fill import masked_fill
 from cammask_fast.kernels.patch_select import patch_select
-from cammask_fast.kernels.reference import PatchSelection, fill_pixels, normalise_relevance, upsample_bilinear
+from cammask_fast.kernels.reference import PatchSelection, fill_pixels, normalise_relevance, top_pixels, upsample_bilinear
 from cammask_fast.masking.randomness import MaskRandomness
 from cammask_fast.strategy import Strategy
 
@@ -119,10 +119,7 @@ def counterfactual(
     if strategy.selection == "random":
         mask = _random_mask(strategy, draws)
     elif strategy.upsample == "bilinear":
-        assert relevance_NP is not None
-        assert strategy.threshold is not None
-        pixels = upsample_bilinear(normalise_relevance(relevance_NP), grid=grid, patch_size=images.shape[2] // grid)
-        mask = (pixels > strategy.threshold) ^ (strategy.selection == "context")
+        mask = _pixel_mask(relevance_NP, strategy, grid=grid, patch_size=images.shape[2] // grid)
     else:
         mask = _select(relevance_NP, strategy, grid).mask
     if strategy.fill == "none":
@@ -143,6 +140,17 @@ def _select(relevance_NP: Tensor | None, strategy: Strategy, grid: int) -> Patch
     assert relevance_NP is not None
     top_k = None if strategy.threshold is not None else strategy.k(grid * grid)
     return patch_select(relevance_NP, context=strategy.selection == "context", threshold=strategy.threshold, top_k=top_k)
+
+
+def _pixel_mask(relevance_NP: Tensor | None, strategy: Strategy, *, grid: int, patch_size: int) -> Tensor:
+    """bool (N, H, W): by the relevance interpolated to pixels."""
+    assert relevance_NP is not None
+    if strategy.threshold is None:
+        of_object = top_pixels(relevance_NP, strategy.k(grid * grid), grid=grid, patch_size=patch_size)
+    else:
+        pixels = upsample_bilinear(normalise_relevance(relevance_NP), grid=grid, patch_size=patch_size)
+        of_object = pixels > strategy.threshold
+    return of_object ^ (strategy.selection == "context")
 
 
 def _random_mask(strategy: Strategy, draws: MaskRandomness) -> Tensor:

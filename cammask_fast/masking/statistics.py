@@ -17,8 +17,8 @@ def mask_share(relevance_NP: Tensor | None, strategy: Strategy, draws: MaskRando
 
     Args:
         relevance_NP: float (N, P), not normalised; None for random masks.
-        strategy: which patches are masked. With bilinear up-sampling the share is that of patches above the threshold, not that
-            of pixels.
+        strategy: which patches are masked. With bilinear up-sampling and a threshold the share is that of patches above it, not
+            that of pixels.
         draws: from `sample_mask_randomness`.
         patches: patches per image, P.
 

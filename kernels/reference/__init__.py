@@ -1,7 +1,7 @@
 """The kernels in plain PyTorch, in the order of the formulas, for any dtype: the reference of the tests and the CPU path."""
 
 from .cls_relevance import cls_relevance
-from .counterfactual_batch import counterfactual_batch, upsample_bilinear, upsample_nearest
+from .counterfactual_batch import counterfactual_batch, top_pixels, upsample_bilinear, upsample_nearest
 from .legrad import legrad
 from .masked_fill import fill_pixels, masked_fill
 from .normalise import normalise
@@ -17,6 +17,7 @@ __all__ = [
     "normalise",
     "normalise_relevance",
     "patch_select",
+    "top_pixels",
     "upsample_bilinear",
     "upsample_nearest",
 ]
