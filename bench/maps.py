@@ -79,9 +79,9 @@ def main(options: argparse.Namespace) -> int:
             wanted = [
                 cam for cam in (*options.cams, RANDOM) if not known(records, op="cam-bench", method=method, seed=seed, cam=cam)
             ]
-            if seed in options.measured and wanted and (method != "zeroshot" or seed == min(options.measured)):
-                for record in measured(method, seed, wanted):
-                    keep(record)
+            if seed in options.measured and (method != "zeroshot" or seed == min(options.measured)):
+                for cam in wanted:  # one at a time: what was measured is on the disk
+                    keep(measured(method, seed, [cam])[0])
         for source, (recipe, changes) in sources.items():
             if seed in options.seeds and not known(records, op="cam-source", source=source, seed=seed):
                 keep(as_source(source, recipe, seed, changes))

@@ -124,7 +124,7 @@ class MapProtocol:
     def chosen_groups(self, *, masks: bool) -> tuple[str, ...]:
         """The groups of metrics in the order of `GROUPS`. Raises ValueError where masks are asked for and there are none."""
         if "masks" in self.groups and not masks:
-            raise ValueError("the metrics of masks need known masks of the objects")
+            raise ValueError("the metrics of masks need known masks of the objects: name the folder of the masks")
         return tuple(name for name in GROUPS if (name in self.groups or not self.groups) and (masks or name != "masks"))
 
     def passes(self, size: int, *, masks: bool) -> int:
