@@ -2,7 +2,7 @@
 
 None changes a formula. Equal expressions are computed once; the relevance is given the softmax statistics that attention has
 computed; sums of activations are written once, in their own type; bias gradients are summed in the kernel that computes their
-terms. docs/step-static.md has what they are worth.
+terms, and those of a block together. docs/step-static.md has what they are worth.
 """
 
 from __future__ import annotations
@@ -149,14 +149,16 @@ class WriteSumsOnce(CustomGraphPass):
 
 
 class SumColumnsInStages(CustomGraphPass):
-    """Take the column sums of an activation (N, L, C) over L in float32 first, then over N, where it comes from pointwise
-    operators: the bias gradients of MLP and attention.
+    """Take the column sums of an activation (N, L, C) over L in float32 first, then over N: the bias gradients of MLP and
+    attention.
 
-    Inductor sums over the rows of the view (N * L, C) in a kernel that reads everything again. A sum over L has the ranges
-    of the operators before it, so that it shares their kernel; what remains is N rows.
+    Inductor sums over the rows of the view (N * L, C), in a kernel that reads everything again and in a second one that adds
+    its parts. A sum over L has the ranges of pointwise operators before it, so that it shares their kernel; what remains is N
+    rows, of which `GROUP` sums, as a block has them, are added in one kernel.
     """
 
     def __call__(self, graph: Graph) -> None:
+        found: list[tuple[Node, Node]] = []
         for node in _calls(graph):
             if node.target is not aten.sum.dim_IntList or len(node.args) < 2 or node.args[1] != [0]:
                 continue
@@ -168,20 +170,70 @@ class SumColumnsInStages(CustomGraphPass):
             rows, value, total = view.meta["val"], whole.meta["val"], node.meta["val"]
             if rows.ndim != 2 or value.ndim != 3 or value.shape[-1] != rows.shape[-1] or total.dtype != value.dtype:
                 continue
-            if not _is_pointwise(whole):
-                continue
             wide = torch.promote_types(value.dtype, torch.float32)
             with graph.inserting_before(node):
-                partial = _call(graph, aten.sum.dim_IntList, whole, [1], dtype=wide)
-                summed = _call(graph, aten.sum.dim_IntList, partial, *node.args[1:])
-                if wide != total.dtype:
-                    summed = _call(graph, prims.convert_element_type.default, summed, total.dtype)
-            node.replace_all_uses_with(summed)
-            graph.erase_node(node)
+                found.append((node, _call(graph, aten.sum.dim_IntList, whole, [1], dtype=wide)))
+        group: list[tuple[Node, Node]] = []
+        for sums in found:
+            if group and not _fits(sums, group):
+                _sum_together(graph, group)
+                group = []
+            group.append(sums)
+        if group:
+            _sum_together(graph, group)
 
     def uuid(self) -> Any:
         """Identifies the pass in the compiler's cache."""
         return get_hash_for_files((__file__,))
+
+
+GROUP = 4
+"""Bias gradients of a block. More would keep the gradients of whole blocks from travelling to other GPUs."""
+
+
+def _fits(sums: tuple[Node, Node], group: list[tuple[Node, Node]]) -> bool:
+    """Whether a sum of as many rows can join a group: its partial sum is there before anything reads the others."""
+    new, first = sums[1].meta["val"], group[0][1].meta["val"]
+    same = (new.shape[0], new.dtype) == (first.shape[0], first.dtype)
+    return len(group) < GROUP and same and all(sums[1] < user for node, _ in group for user in _reads(node)[1])
+
+
+def _reads(node: Node) -> tuple[list[Node], list[Node]]:
+    """What only reshapes or rounds a value, in order, and what reads it then."""
+    same, readers, waiting = [], [], list(node.users)
+    while waiting:
+        user = waiting.pop(0)
+        if user.target in (*VIEWS, prims.convert_element_type.default, aten.squeeze.dim, aten.permute.default):
+            same.append(user)
+            waiting += user.users
+        else:
+            readers.append(user)
+    return same, readers
+
+
+def _sum_together(graph: Graph, group: list[tuple[Node, Node]]) -> None:
+    """Replace column sums by slices of one sum over the rows of all partial sums, (N, C1 + C2 + ...)."""
+    sums, partials = zip(*group, strict=True)
+    with graph.inserting_before(sums[-1]):
+        rows = _call(graph, aten.cat.default, list(partials), 1) if len(partials) > 1 else partials[0]
+        summed = _call(graph, aten.sum.dim_IntList, rows, [0])
+    first = 0
+    for node in sums:
+        reshaped, (width, total) = _reads(node)[0], (node.meta["val"].shape[-1], node.meta["val"].dtype)
+        with graph.inserting_before(sums[-1]):
+            part = summed if len(sums) == 1 else _call(graph, aten.slice.Tensor, summed, 0, first, first + width)
+            if part.meta["val"].dtype != total:
+                part = _call(graph, prims.convert_element_type.default, part, total)
+            if node.meta["val"].ndim == 2:
+                part = _call(graph, aten.unsqueeze.default, part, 0)
+        node.replace_all_uses_with(part)
+        last = part
+        for user in reshaped if node is not sums[-1] else ():
+            last.append(user)
+            last = user
+        first += width
+    for node in sums:
+        graph.erase_node(node)
 
 
 def _calls(graph: Graph) -> Iterable[Node]:
@@ -194,26 +246,6 @@ def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
     values = pytree.tree_map_only(Node, lambda operand: operand.meta["val"], (args, kwargs))
     node.meta["val"] = target(*values[0], **values[1])
     return node
-
-
-def _is_pointwise(node: Node) -> bool:
-    """Whether Inductor computes a value by elements from tensors that lie in memory: its operators are pointwise or move
-    elements, back to products, attention and the like. A reduction among them makes another kernel."""
-    seen, waiting, found = {node}, [node], False
-    while waiting:
-        op: Any = waiting.pop()
-        tags = getattr(op.target, "tags", ())
-        if torch.Tag.reduction in tags:
-            return False
-        if torch.Tag.pointwise in tags or op.target in (aten.cat.default, aten.clone.default):
-            found = True
-        elif op.target not in (*VIEWS, aten.permute.default, operator.getitem):
-            continue
-        for operand in op.all_input_nodes:
-            if operand not in seen:
-                seen.add(operand)
-                waiting.append(operand)
-    return found
 
 
 class StepPasses(CustomGraphPass):

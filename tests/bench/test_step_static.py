@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import operator
 import shutil
-from importlib import import_module
+from collections.abc import Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +18,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bench.__main__ import main
 from bench.records import read
@@ -31,11 +39,14 @@ from bench.step.static.command import (
     summary,
     write_page,
 )
-from bench.step.static.generate import square_tensors, traced
+from bench.step.static.generate import Generated, Traced, square_tensors, traced
 from bench.step.static.pretended_gpu import in_own_process
+from bench.step.static.replay import replay
+from cammask_fast import inductor_options
 from cammask_fast.config import TrainConfig
-from cammask_fast.optim import FlatAdamW
+from cammask_fast.model.vit import VisionTransformer
 
+prims = torch.ops.prims
 NEEDS_INDUCTOR = pytest.mark.skipif(unsupported() is not None, reason=unsupported() or "")
 LAYERS = 2
 """A first and a last block: what lies between them costs what the first does."""
@@ -45,57 +56,88 @@ CASES = {
 }
 PLAIN = "ViT-B/32"
 """The case that is also counted under every mutant: a single pass is generated in seconds."""
-BUDGETS = {
-    "ViT-B/16": {"launches": 140, "gb": 14.82, "peak_gb": 2.38},
-    "ViT-B/32": {"launches": 77, "gb": 2.21, "peak_gb": 0.91},
-}
-"""At 256 images: launches and bytes of all Triton kernels, Inductor's and ours, and the peak of live storage. Four of the
-launches (three without a mask) sum what a run logs of a step: scalars and an (N, P) map."""
+SLACK = 1.02
+"""Of bytes: another patch release of PyTorch may move a few."""
+BUDGETS: dict[str, dict[str, float]] = {
+    "ViT-B/16": {"launches": 120, "gb": SLACK * 14.67, "peak_gb": SLACK * 2.38},
+    "ViT-B/32": {
+        "launches": 75, "gb": SLACK * 2.22, "peak_gb": SLACK * 0.914,
+        "norm forward": SLACK * 0.259, "norm backward": SLACK * 0.341, "activation forward": SLACK * 0.162,
+        "activation backward": SLACK * 0.247, "column sums": SLACK * 0.079, "packing": SLACK * 0.208,
+        "optimiser": SLACK * 0.49, "weight cast": SLACK * 0.105, "other": SLACK * 0.142,
+    },
+}  # fmt: skip
+"""At 256 images: launches and bytes of all Triton kernels, Inductor's and ours, the peak of live storage, and gigabytes of
+Inductor's kernels by kind. Four of the launches (three without a mask) sum what a run logs of a step: scalars and an (N, P)
+map."""
+BF16, FP32 = torch.bfloat16, torch.float32
+NOTHING: dict[str, Any] = {
+    "triton_launches": 0, "custom_launches": 0, "triton_gb": 0.0, "custom_gb": 0.0, "peak_gb": 0.0, "square_tensors": 0,
+    "recomputed_statistics": 0, "spills": None, "fp64_optimizer": 0,
+    "kinds": {kind: {"launches": 0, "gb": 0.0} for kind in KINDS},
+}  # fmt: skip
 COMPILED = 6
-"""Kernels given to ptxas, those with the most bytes, beside the optimiser's."""
+"""Kernels given to ptxas, those with the most bytes, beside the optimiser's. The records have those of all."""
 
 
-def over_budget(record: dict[str, Any], budget: dict[str, float]) -> list[str]:
+def over_budget(record: Mapping[str, Any], budget: Mapping[str, float]) -> list[str]:
     """What a step must not do, and what exceeds its budget."""
     found = {
         "launches": record["triton_launches"] + record["custom_launches"],
         "gb": record["triton_gb"] + record["custom_gb"],
         "peak_gb": record["peak_gb"],
+        **{kind: of_kind["gb"] for kind, of_kind in record["kinds"].items()},
     }
-    never = {key: record[key] for key in ("square_tensors", "spills", "fp64_optimizer") if record[key]}
-    return [f"{key} {found[key]:.2f} > {most}" for key, most in budget.items() if found[key] > most] + list(never)
+    never = ("square_tensors", "recomputed_statistics", "spills", "fp64_optimizer")
+    return [f"{key} {found[key]:.2f} > {most}" for key, most in budget.items() if found[key] > most] + [
+        key for key in never if record[key]
+    ]
 
 
-def materialised(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    assert attn_mask is None
-    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
+def cast_one_by_one(trace: Traced) -> Traced:
+    """The step with weights that are cast part by part, not as one tensor."""
+    graph = deepcopy(trace.graph.graph)
+    (cast,) = (
+        node
+        for node in graph.nodes
+        if node.target is prims.convert_element_type.default
+        and (node.meta["val"].ndim, node.meta["val"].dtype, node.args[0].op) == (1, BF16, "placeholder")
+    )
+    for split in list(cast.users):
+        for part in list(split.users):
+            with graph.inserting_before(part):
+                masters = new_node(graph, split.target, cast.args[0], *split.args[1:])
+                master = new_node(graph, operator.getitem, masters, part.args[1])
+                part.replace_all_uses_with(new_node(graph, cast.target, master, BF16))
+    graph.eliminate_dead_code()
+    return trace._replace(graph=GraphModule(trace.graph, graph))
 
 
-def cast_one_by_one(self: FlatAdamW, flat: Tensor) -> dict[str, Tensor]:
-    """FlatAdamW.parts whose cast weights are casts of the parts."""
-    parts = flat.split([shape.numel() for shape in self.shapes])
-    masters = self.flat.split([shape.numel() for shape in self.shapes])
-    if flat.dtype == torch.bfloat16:
-        parts = tuple(master.to(torch.bfloat16) for master in masters)
-    return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+def new_node(graph: Graph, target: Any, *args: Any) -> Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args))
+    return node
 
 
-MUTANTS: dict[str, tuple[object, str, object]] = {
-    "equal nodes not merged": ("bench.step.static.generate", "inductor_options", lambda mode: {}),
-    "weights cast a second time": (FlatAdamW, "parts", cast_one_by_one),
-    "sums written late": ("cammask_fast.inductor_options", "WriteSumsOnce", lambda: lambda graph: None),
-    "bias gradients read again": ("cammask_fast.inductor_options", "SumColumnsInStages", lambda: lambda graph: None),
-}
+MUTANTS = {"WriteSumsOnce": "norm forward", "SumColumnsInStages": "column sums", "cast_one_by_one": "other"}
+"""Passes that are switched off, and a step with one cast per weight; the kind of kernel whose budget each exceeds, alone as
+well as together."""
 
 
 def count_all() -> dict[str, dict[str, Any]]:
-    """Records of the cases, and of one of them under every mutant; in one process, which warms Inductor up once."""
-    records = {name: count(case, archs=(90,), compiled=COMPILED, workers=1) for name, case in CASES.items()}
-    with patch.object(F, "scaled_dot_product_attention", materialised):
-        records["attention materialised"] = {"square_tensors": square_tensors(traced(CASES[PLAIN]).graph, CASES[PLAIN])}
-    for name, (owner, attribute, mutant) in MUTANTS.items():
-        with patch.object(import_module(owner) if isinstance(owner, str) else owner, attribute, mutant):
-            records[name] = count(CASES[PLAIN], archs=(), workers=1)
+    """Records of the cases, and of one of them under all mutants; in one process, which warms Inductor up once, and from one
+    trace of each case."""
+    gc.disable()  # the collector takes a tenth of the time, and the process ends
+    first, plain = (traced(CASES[name]) for name in ("ViT-B/16", PLAIN))
+    records = {
+        "ViT-B/16": count(CASES["ViT-B/16"], archs=(90,), compiled=COMPILED, workers=1, trace=first),
+        PLAIN: count(CASES[PLAIN], archs=(), trace=plain),
+    }
+    with ExitStack() as switched_off:
+        for name in MUTANTS:
+            if hasattr(inductor_options, name):
+                switched_off.enter_context(patch.object(inductor_options, name, lambda: lambda graph: None))
+        records["mutants"] = count(CASES[PLAIN], archs=(), trace=cast_one_by_one(plain))
     return records
 
 
@@ -115,21 +157,40 @@ def test_bytes_launches_and_peak_stay_within_the_budget(records: dict[str, dict[
 @NEEDS_INDUCTOR
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_worse_step_is_over_its_budget(records: dict[str, dict[str, Any]], name: str) -> None:
-    assert over_budget(records[name], BUDGETS[PLAIN]) != []
+    excesses = over_budget(records["mutants"], BUDGETS[PLAIN])
+    assert [excess for excess in excesses if excess.startswith(f"{MUTANTS[name]} ")], excesses
+    assert {"launches", "gb"} <= {excess.split()[0] for excess in excesses}
 
 
-@pytest.mark.slow
-@NEEDS_INDUCTOR
-def test_materialised_attention_is_seen(records: dict[str, dict[str, Any]]) -> None:
+def materialised(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    assert attn_mask is None
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
+
+
+def test_materialised_attention_is_seen() -> None:
     """In the graph; Inductor may fuse it again where it knows the pattern."""
-    worse = records[PLAIN] | records["attention materialised"]
-    assert over_budget(worse, BUDGETS[PLAIN]) == ["square_tensors"]
+    case = CASES[PLAIN]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tower = VisionTransformer(replace(case.race.vit, layers=LAYERS))
+        graphs = [make_fx(tower)(torch.empty(case.batch, 3, 224, 224))]
+        with patch.object(F, "scaled_dot_product_attention", materialised):
+            graphs.append(make_fx(tower)(torch.empty(case.batch, 3, 224, 224)))
+    assert square_tensors(graphs[0], case) == 0
+    assert over_budget({**NOTHING, "square_tensors": square_tensors(graphs[1], case)}, BUDGETS[PLAIN]) == ["square_tensors"]
+
+
+def test_every_excess_is_told() -> None:
+    budget = {"launches": 2, "gb": 2.0, "peak_gb": 1.0, "packing": 1.0}
+    assert over_budget(NOTHING, budget) == []
+    for key in NOTHING:
+        more = {"packing": {"launches": 0, "gb": 3.0}} if key == "kinds" else 3
+        assert len(over_budget({**NOTHING, key: more}, budget)) == 1, key
 
 
 @pytest.mark.slow
 @NEEDS_INDUCTOR
 def test_the_record_adds_up(records: dict[str, dict[str, Any]]) -> None:
-    for name in (*CASES, *MUTANTS):
+    for name in (*CASES, "mutants"):
         record = records[name]
         assert json.loads(json.dumps(record)) == record, name
         assert sum(kind["launches"] for kind in record["kinds"].values()) == record["triton_launches"]
@@ -143,11 +204,47 @@ def test_the_record_adds_up(records: dict[str, dict[str, Any]]) -> None:
     assert "layer norm forward" in summary({**record, "card": "h100", "note": "", **predict(record, CARDS["h100"])})
 
 
+WRAPPER = """
+class Runner:
+    def __init__(self, partitions):
+        pass
+
+    def call(self, args):
+        r, q, lse = args
+        args.clear()
+        r, added = torch.ops.cammask.cls_relevance.default(r, None, q, q, q, q, lse)
+        r, added = torch.ops.cammask.cls_relevance.default(r, added, q, q, q, q, None)
+        del added
+        wide = empty_strided_cuda((1000, 64), (64, 1), torch.float32)
+        del r
+        extern_kernels.mm(reinterpret_tensor(q, (54, 32), (32, 1), 0), reinterpret_tensor(wide, (32, 8), (8, 1), 0), out=wide)
+        return (q.exp(),)
+"""
+
+
+def test_a_wrapper_is_replayed() -> None:
+    """Two images, three heads, nine tokens: one relevance with the statistics of its attention, one without; a product; what
+    lives when most does."""
+    inputs = [(torch.Size(shape), strides, FP32) for shape, strides in (
+        ((2, 9), (9, 1)), ((2, 3, 9, 32), (864, 288, 32, 1)), ((2, 3, 9), (27, 9, 1)),
+    )]  # fmt: skip
+    found = replay(Generated(kernels={}, wrapper=WRAPPER, inputs=inputs, square=0, seconds={}))
+    assert found.recomputed == 1
+    assert [(call.kind, call.launches) for call in found.calls] == [("ours", 1), ("ours", 2), ("product", 1), ("aten", 1)]
+    assert found.calls[2].flops == 2 * 54 * 32 * 8
+    assert found.calls[3].bytes == 2 * 1728 * 4
+    heads, wide = 1728 * 4, 64000 * 4
+    assert found.at_peak == [
+        ("float32 (1000, 64)", wide), ("float32 (2, 3, 9, 32)", 2 * heads), ("float32 (2, 3, 9)", 54 * 4),
+        ("float32 (2, 9)", 18 * 4),
+    ]  # fmt: skip
+    assert found.peak == sum(size for _, size in found.at_peak)
+
+
 def touched(*parts: tuple[str, int, torch.dtype], whole: int | None = None) -> list[Access]:
     return [Access(sign == "+", elements, whole or elements, dtype) for sign, elements, dtype in parts]
 
 
-BF16, FP32 = torch.bfloat16, torch.float32
 KERNELS: dict[str, tuple[list[Access], set[str], set[str]]] = {
     "optimiser": (touched(("-", 1000, FP32), ("+", 1000, FP32)), {"mul", "sqrt"}, set()),
     "weight cast": (touched(("-", 1000, FP32), ("+", 1000, BF16)), set(), set()),

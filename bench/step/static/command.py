@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.kernels.aot import ARCHS
 from bench.pages import fill
@@ -18,6 +18,9 @@ from bench.step.static.pretended_gpu import in_own_process
 from cammask_fast.config import TrainConfig
 from cammask_fast.step import build_strategy
 from cammask_fast.viz.tables import markdown_table
+
+if TYPE_CHECKING:
+    from bench.step.static.generate import Traced
 
 RECORDS, PAGE = ROOT / "bench/results/step-static.jsonl", ROOT / "docs/step-static.md"
 LARGEST, AT_PEAK = 15, 12
@@ -62,7 +65,12 @@ def predict(record: Mapping[str, Any], rates: Card) -> dict[str, float]:
 
 
 def count(
-    case: Case, *, archs: Sequence[int] = ARCHS, compiled: int | None = None, workers: int | None = None
+    case: Case,
+    *,
+    archs: Sequence[int] = ARCHS,
+    compiled: int | None = None,
+    workers: int | None = None,
+    trace: Traced | None = None,
 ) -> dict[str, Any]:
     """The record of a step, counted in this process, which believes in a GPU from then on: see `in_own_process`.
 
@@ -71,6 +79,7 @@ def count(
         archs: compute capabilities to compile the kernels for, none for none.
         compiled: how many kernels to compile, those with the most bytes, beside those that update the weights; None for all.
         workers: processes that compile, None for one per core, 1 for this one.
+        trace: of the step, where it is at hand.
 
     Returns:
         The counts by name, as JSON can hold them.
@@ -79,8 +88,8 @@ def count(
     from bench.step.static.generate import generate
     from bench.step.static.replay import replay
 
-    generated = generate(case)
-    calls, peak, at_peak = replay(generated)
+    generated = generate(case, trace)
+    calls, peak, at_peak, recomputed = replay(generated)
     launched = Counter(call.name for call in calls if call.kind == "triton")
     kernels = sorted(generated.kernels.values(), key=lambda k: -k.bytes * launched[k.name])
     started = time.perf_counter()
@@ -110,7 +119,7 @@ def count(
         "custom_launches": custom_launches, "custom_gb": custom_gb, "aten": of("aten")[0], "aten_gb": of("aten")[1],
         "tflop": sum(call.flops for call in calls) / 1e12,
         "peak_gb": peak / 1e9, "at_peak": [[label, size / 1e9] for label, size in at_peak[:AT_PEAK]],
-        "square_tensors": generated.square,
+        "square_tensors": generated.square, "recomputed_statistics": recomputed,
         "fp64_optimizer": max((b.fp64 for b in built if b.kernel in flat), default=None),
         "spills": sum(b.stack > 0 for b in built) if built else None,
         "registers": {f"sm_{arch}": max(b.registers for b in built if b.arch == arch) for arch in archs},

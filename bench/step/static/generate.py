@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -54,7 +55,7 @@ class _Written(Exception):  # noqa: N818  (not an error: the code is written)
 
 
 class Traced(NamedTuple):
-    """The ATen graph of a step over fake CUDA tensors, and seconds by stage."""
+    """The ATen graph of a step over fake CUDA tensors, and seconds by stage. Inductor rewrites a copy of it."""
 
     graph: GraphModule
     inputs: list[Any]
@@ -74,9 +75,10 @@ def traced(case: Case) -> Traced:
     return Traced(graph, inputs, mode, {"trace": middle - started, "retarget": time.perf_counter() - middle})
 
 
-def generate(case: Case) -> Generated:
-    """The code of a step, as `traced` in a process of its own."""
-    graph, inputs, mode, seconds = traced(case)
+def generate(case: Case, trace: Traced | None = None) -> Generated:
+    """The code of a step, in a process of its own as `traced` is. trace: of the step, where it is at hand."""
+    trace = trace or traced(case)
+    graph, inputs, mode, seconds = GraphModule(trace.graph, deepcopy(trace.graph.graph)), *trace[1:3], dict(trace.seconds)
     parameters = max(t.numel() for t in inputs if isinstance(t, Tensor) and t.ndim == 1)
     square, started = square_tensors(graph, case), time.perf_counter()
     wrapper, kernels = _inductor(graph, inputs, mode, inductor_options("default"), parameters)

@@ -36,11 +36,13 @@ class Call(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """peak: bytes of live storages, the step's inputs among them. at_peak: those storages, largest first, as (label, bytes)."""
+    """peak: bytes of live storages, the step's inputs among them. at_peak: those storages, largest first, as (label, bytes).
+    recomputed: layers of the relevance that were not given the softmax statistics of their attention."""
 
     calls: list[Call]
     peak: int
     at_peak: list[tuple[str, int]]
+    recomputed: int
 
 
 class _Log(LiveStorages):
@@ -50,6 +52,7 @@ class _Log(LiveStorages):
         super().__init__()
         self.calls: list[Call] = []
         self.at_peak: Counter[str] = Counter()
+        self.recomputed = 0
         self._labels: dict[int, tuple[str, int]] = {}
 
     def __torch_dispatch__(
@@ -75,6 +78,7 @@ class _Log(LiveStorages):
         if namespace == "cammask":
             launches = _launches(func, args)
             self.calls.append(Call("ours", name, sum(map(_launch_bytes, launches)), flops, len(launches)))
+            self.recomputed += any(launch.arguments.get("lse_ptr", func) is None for launch in launches)
         else:
             self.calls.append(Call("attention" if "attention" in name else "aten", name, size, flops))
         return out
@@ -165,4 +169,4 @@ def replay(generated: Generated) -> Replay:
         held = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in generated.inputs]
         out = names["Runner"]([]).call(list(held))
         del out
-    return Replay(log.calls, log.peak, log.at_peak.most_common())
+    return Replay(log.calls, log.peak, log.at_peak.most_common(), log.recomputed)
