@@ -225,9 +225,10 @@ class Runner:
 def test_a_wrapper_is_replayed() -> None:
     """Two images, three heads, nine tokens: one relevance with the statistics of its attention, one without; a product; what
     lives when most does."""
-    inputs = [(torch.Size(shape), strides, FP32) for shape, strides in (
-        ((2, 9), (9, 1)), ((2, 3, 9, 32), (864, 288, 32, 1)), ((2, 3, 9), (27, 9, 1)),
-    )]  # fmt: skip
+    strides: dict[tuple[int, ...], tuple[int, ...]] = {
+        (2, 9): (9, 1), (2, 3, 9, 32): (864, 288, 32, 1), (2, 3, 9): (27, 9, 1),
+    }  # fmt: skip
+    inputs = [(torch.Size(shape), of_shape, FP32) for shape, of_shape in strides.items()]
     found = replay(Generated(kernels={}, wrapper=WRAPPER, inputs=inputs, square=0, seconds={}))
     assert found.recomputed == 1
     assert [(call.kind, call.launches) for call in found.calls] == [("ours", 1), ("ours", 2), ("product", 1), ("aten", 1)]
