@@ -19,6 +19,10 @@ import torch
 from cammask_fast.kernels.backend import INTERPRETED
 
 
+LONG = {"test_compiled_step.py", "test_distributed.py", "test_survival.py", "test_step_static.py"}
+"""Files of several minutes, which are begun first: at the end one process would wait for the other."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
     if not hasattr(config, "workerinput"):  # xdist's workers, and all processes that tests start, share what is made once
@@ -32,6 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("triton")])
     items[:] = [item for item in items if not item.get_closest_marker("triton")]
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.hookimpl(tryfirst=True)
