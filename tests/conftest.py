@@ -18,7 +18,6 @@ import torch
 
 from cammask_fast.kernels.backend import INTERPRETED
 
-
 LONG = {"test_compiled_step.py", "test_distributed.py", "test_survival.py", "test_step_static.py"}
 """Files of several minutes, which are begun first: at the end one process would wait for the other."""
 

@@ -428,7 +428,7 @@ def test_bf16_compiled_follows_float32_eager(name: str) -> None:
 
 
 def accuracy_after_training(seed: int, *, compiled: bool, precision: str) -> float:
-    """Top-1 on images with the training set's correlation after `TRAINED` steps of masked distillation of the shipped tiny CLIP."""
+    """Top-1 on images with the training set's correlation after `TRAINED` steps of masked distillation of the tiny CLIP."""
     config = tiny_config("masked-object", seed, epochs=1, batch_size=16, precision=precision)
     teacher = tiny_classifier(CLASS_NAMES).frozen_copy()
     state = TrainState.create(teacher.frozen_copy().train(), config, steps_per_epoch=TRAINED, compiled=compiled)
