@@ -268,8 +268,33 @@ def test_intervals_are_those_of_the_percentile_bootstrap() -> None:
     assert found["a"].value == pytest.approx(values.mean())
     assert found["a"].bounds() == pytest.approx([known.low, known.high], abs=0.02)
     assert found["b"].bounds() == pytest.approx([1 + bound for bound in found["a"].bounds() or ()]), "the same images"
+    assert bootstrap({"a": values}, seed=1)["a"] == bootstrap({"a": values}, seed=1)["a"]
     assert bootstrap({"a": values}, seed=1)["a"].bounds() != bootstrap({"a": values}, seed=2)["a"].bounds()
     assert bootstrap({"a": values[:1]}, seed=0)["a"].bounds() is None
+
+
+def test_confusions_and_captures_start_from_right_answers() -> None:
+    """Of three cows one is wrong from the beginning, and says what its donors are; captures look at groups of classes."""
+    images, labels, masks = scenes(3)
+    trials = build_trials(images, labels, masks, classes=3, donors=2)
+    donors = trials.donor_labels("other_context")
+    assert all(sorted(row) == [1, 2] for row in donors[labels == 0].tolist())
+    answers = ask(THING, trials)
+    clean, other = answers["clean"].predicted.clone(), answers["other_context"].predicted.clone()
+    cows = (labels == 0).nonzero()[:, 0].tolist()
+    clean[cows[0]] = 1
+    other[cows[0]] = donors[cows[0]]
+    other[cows[1]] = torch.tensor([2, 2])
+    answers["clean"] = answers["clean"]._replace(predicted=clean)
+    answers["other_context"] = answers["other_context"]._replace(predicted=other)
+    cow = findings(trials, answers, NAMES).classes["cow"]
+    assert cow.confused_with == {"whale": 0.5}, "2 of the 4 counterfactuals of cows that were right"
+    assert cow.captured_by == {"whale": pytest.approx(2 / 3)}, "the first cow was taken for a sheep before"
+    assert findings(trials, answers, NAMES).classes["whale"].captures == pytest.approx(2 / 6)
+    shared = build_trials(images, labels, masks, classes=3, donors=2, groups=torch.tensor([0, 1, 1]))
+    by_group = findings(shared, answers, NAMES).classes["cow"]
+    drawn = shared.donor_labels("other_context")[cows[1]].unique().tolist()
+    assert set(by_group.captured_by) >= {NAMES[donor] for donor in drawn}, "a sheep's context captures for whales, too"
 
 
 def test_two_models_are_compared_image_by_image() -> None:
