@@ -287,7 +287,7 @@ def build_parser() -> Parser:
     text = "contexts of other images per photograph and test (default: %(default)s)"
     audit.add_argument("--contexts", type=int, default=4, metavar="N", help=text)
     text = "audit at most so many images, evenly over the classes (default: %(default)s)"
-    audit.add_argument("--images", type=int, default=1000, metavar="N", help=text)
+    audit.add_argument("--images", type=int, default=500, metavar="N", help=text)
     text = "a line per class, FOLDER<TAB>GROUP: classes of a group share a context, cow and sheep on grass"
     audit.add_argument("--groups", type=Path, metavar="FILE", help=text)
     audit.add_argument("--seed", type=int, default=0, help="of donors, random masks and bootstrap")

@@ -65,7 +65,7 @@ def audit(
     masks: str | Path | Tensor | None = None,
     maps_by: Model | None = None,
     groups: Any = None,
-    images: int = 1000,
+    images: int = 500,
     contexts: int = 4,
     kind: str = "mm-cam",
     start_layer: int = 0,

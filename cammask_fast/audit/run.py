@@ -25,7 +25,7 @@ class AuditConfig:
     start_layer: int = 0
     share: float = 0.5
     donors: int = 4
-    images: int = 1000
+    images: int = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
