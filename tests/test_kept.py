@@ -47,6 +47,7 @@ VARIANTS = {
     "object": TEACHER,
     "grad-cam": replace(TEACHER, cam="grad-cam"),
     "late-layers": replace(TEACHER, cam_start_layer=1),
+    "legrad": replace(TEACHER, cam="legrad", cam_start_layer=1, cam_contrast="runner-up"),
     "context": replace(TEACHER, method="masked-context"),
     "topk": replace(TEACHER, method="masked-topk"),
     "bilinear": replace(TEACHER, upsample="bilinear"),
@@ -90,7 +91,8 @@ def test_the_kept_map_is_the_teachers(name: str) -> None:
         logits = gold_model(normalise(data.images, dtype=torch.float64), taps=taps).logits
         gold = mm_cam(logits, data.labels, taps, start_layer=config.cam_start_layer).detach()
     else:
-        gold = relevance_of(gold_model, data.images, data.labels, "grad-cam", dtype=torch.float64)
+        start, contrast, kind = config.cam_start_layer, config.cam_contrast, torch.float64
+        gold = relevance_of(gold_model, *data[:2], config.cam, start_layer=start, contrast=contrast, dtype=kind)
     assert found.relevance is not None
     assert found.relevance.dtype == torch.float16
     assert found.relevance.shape == (6, TINY.patches)

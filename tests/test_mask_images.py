@@ -212,3 +212,10 @@ def test_the_first_layer_of_the_rollout(digits: list[Path], tmp_path: Path, draw
     (_, all_layers), (_, last_layer) = drawn
     assert not torch.allclose(all_layers[0].cam, last_layer[0].cam, atol=0.05)
     assert main([*argv, "--cam-start-layer", "4"]) == 2
+    drawn.clear()
+    prompts = ["--class", "a three."]
+    for contrast in ("none", "runner-up"):
+        assert main([*argv, *prompts, "--cam", "legrad", "--cam-contrast", contrast]) == 0
+    (_, plain), (_, contrasted) = drawn
+    assert not torch.allclose(plain[0].cam, contrasted[0].cam, atol=0.05)
+    assert main([*argv, "--cam-contrast", "mean"]) == 2, "one prompt has nothing to be compared with"
