@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cammask_fast.cam import perturbation
 from cammask_fast.cam.imputation import impute
 from cammask_fast.cam.localisation import (
     Overlap,
@@ -319,3 +321,26 @@ def test_road_of_one_pixel_that_counts() -> None:
 def test_probabilities() -> None:
     logits = torch.tensor([[0.0, 0.0], [0.0, np.log(3.0)]])
     assert probability(logits, torch.tensor([0, 1])).tolist() == pytest.approx([0.5, 0.75])
+
+
+def test_metrics_stay_on_the_device_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is pretended: an operation on tensors of two devices is an error there."""
+    monkeypatch.setattr(perturbation, "impute", lambda images, removed: torch.where(removed[:, None], 0.0, images))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pixels, maps = torch.randn(2, 3, 4, 4, device="cuda"), torch.rand(2, 4, 4, device="cuda")
+        labels, weight = torch.zeros(2, dtype=torch.int64, device="cuda"), torch.randn(48, 5, device="cuda")
+        relevance, inside = torch.rand(2, 16, device="cuda"), torch.zeros(2, 16, dtype=torch.bool, device="cuda")
+
+        def model(images: Tensor) -> Tensor:
+            return images.flatten(1) @ weight
+
+        found = [
+            *insertion_deletion(model, pixels, labels, maps),
+            perturbed_accuracy(model, pixels, labels, maps, lowest_first=True),
+            road_changes(model, pixels, labels, maps, lowest_first=True, noise=torch.zeros_like(pixels)),
+            pointing_game(maps, inside.view(2, 4, 4), tolerance=1),
+            energy_share(relevance, inside),
+            masked_share(relevance, inside, threshold=0.3),
+            to_pixels(relevance, 8),
+        ]
+        assert {one.device.type for one in found} == {"cuda"}
