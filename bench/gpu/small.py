@@ -46,11 +46,13 @@ def run_all(device: torch.device) -> int:
                     calls += 1
             calls += 2
         counterfactual_batch(pixels, relevance, single, threshold=0.5, upsample="bilinear", dtype=torch.float16)
-        counterfactual_batch(pixels, relevance, single, top_k=patches // 2, upsample="bilinear", dtype=torch.float16)
+        if size == 5:  # the interpreter takes its time
+            counterfactual_batch(pixels, relevance, single, top_k=patches // 2, upsample="bilinear", dtype=torch.float16)
+            calls += 1
         masked_fill(pixels, relevance > 0.5, multi)
         normalise(pixels)
         normalise(pixels[:, :-1, 1:], dtype=torch.float16)
-        calls += 5
+        calls += 4
     set_backend(previous)
     if device.type == "cuda":
         torch.cuda.synchronize()
