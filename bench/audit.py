@@ -38,6 +38,8 @@ RECORDS = Path(__file__).parent / "results" / "audit.jsonl"
 TRAINED = ("ft", "ft-fd", "masked-object", "masked-context", "masked-random")
 WISE = "wise-ft"
 MASKS = {"true": "true masks", "map": "own maps"}
+SETTINGS = ("images", "contexts", "evaluated", "epochs", "batch_size")
+"""Options that decide the figures."""
 LEAST_MODELS = 30
 """Trained models that the correlation needs; with fewer it says so."""
 
@@ -148,11 +150,10 @@ def section(records: Sequence[Mapping[str, Any]]) -> str:
     header += ["ID, %", "flipped, %"]
     table = markdown_table(header, [row for _, row in sorted(rows, key=lambda row: -row[0])])
     last = records[-1]
-    changed = "".join(f" --{name.replace('_', '-')} {last[name]}" for name in ("epochs", "batch_size") if last.get(name))
+    changed = "".join(f" --{name.replace('_', '-')} {last[name]}" for name in SETTINGS if last.get(name))
     where = (
-        f"`cammask bench audit{changed}` ({last['images']} images of the ID set, {last['contexts']} contexts each, "
-        f"digits that share a background as one group; accuracies on {last['evaluated']} images; {last['cpu']}, torch "
-        f"{last['torch']}, commit {last['commit']}):"
+        f"`cammask bench audit{changed}` (images of the ID set, digits that share a background as one group; {last['cpu']}, "
+        f"torch {last['torch']}, commit {last['commit']}):"
     )
     lines = [*(order_line(models, masks) for masks in MASKS), *(correlation_line(records, masks) for masks in MASKS)]
     return f"{where}\n\n{table}\n\n" + "\n".join(f"- {line}" for line in lines if line)

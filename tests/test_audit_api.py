@@ -120,5 +120,5 @@ def test_the_bench_says_how_many_seeds_agree_and_how_few_models_there_are() -> N
     assert correlation_line(records[:4], "map") == ""
     text = section(records)
     assert text.index("| ft ") < text.index("| wise-ft ") < text.index("| masked-object ") < text.index("| zeroshot ")
-    assert "`cammask bench audit --batch-size 64` (300 images" in text
+    assert "`cammask bench audit --images 300 --contexts 4 --evaluated 1000 --batch-size 64` (images" in text
     assert section([]) == "Not yet measured."
