@@ -110,7 +110,7 @@ def counterfactual_batch(
     size = side // grid
     if upsample == "bilinear" and top_k is not None:
         mask = top_pixels(relevance_NP, top_k, grid=grid, patch_size=size) ^ context
-    elif upsample == "bilinear":
+    elif upsample == "bilinear" and threshold is not None:
         pixels = upsample_bilinear(normalise_relevance(relevance_NP), grid=grid, patch_size=size)
         mask = (pixels > threshold) ^ context
     else:
