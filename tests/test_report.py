@@ -27,7 +27,7 @@ from cammask_fast.demo.report import (
     write_report,
 )
 from cammask_fast.distributed import BUCKET_BYTES
-from cammask_fast.viz.plots import GalleryRow, contact_sheet, gallery
+from cammask_fast.viz.plots import GalleryRow, contact_sheet, gallery, gallery_figure
 
 
 def results(**headline: list[float]) -> dict[str, Any]:
@@ -134,6 +134,23 @@ def test_report_is_one_file_with_everything(tmp_path: Path) -> None:
     for name in ("gallery.png", "tradeoff.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 100
+
+
+def test_notes_and_boxes_of_a_gallery_stand_at_their_pictures() -> None:
+    (row, _) = rows()
+    noted = row._replace(notes={"": "probability", "CAM": "scores", "context": "36 of 36"}, boxes={"object": [(1, 2, 3, 6)]})
+    axes = gallery_figure([noted]).axes
+    assert [[text.get_text() for text in axis.texts] for axis in axes] == [
+        ["probability"],
+        ["scores"],
+        [],
+        [],
+        ["36 of 36"],
+        [],
+    ]
+    assert [len(axis.patches) for axis in axes] == [0, 0, 1, 0, 0, 0]
+    (box,) = axes[2].patches
+    assert box.get_bbox().extents.tolist() == [7.5, 15.5, 23.5, 47.5]  # pixel centres are whole numbers
 
 
 def test_contact_sheet(tmp_path: Path) -> None:
