@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 TESTS = ROOT / "tests"
 MARKED = re.compile(r"^\s*(@|pytestmark = \[?)?pytest\.mark\.triton\b", re.MULTILINE)
-ORDER = ("step", "relevance", "batch", "fill", "select", "shapes", "loader")
-"""Words in the names of the files, the most valuable first; the loader's last, in which a decoder may end the process."""
+ORDER = ("step", "relevance", "batch", "fill", "select", "shapes")
+"""Words in the names of the files, the most valuable first; others follow, and the loader's, in which a decoder may end the
+process, come last."""
 NAMED = 20
 """Failed tests whose names are in the record."""
 
@@ -28,8 +29,9 @@ def files() -> list[str]:
     """Those with tests that are marked `triton`, as paths from the root, the most valuable first."""
     marked = [path for path in TESTS.rglob("test_*.py") if MARKED.search(path.read_text())]
 
-    def rank(path: Path) -> tuple[int, str]:
-        return next((index for index, word in enumerate(ORDER) if word in path.stem), len(ORDER)), path.stem
+    def rank(path: Path) -> tuple[bool, int, str]:
+        place = next((index for index, word in enumerate(ORDER) if word in path.stem), len(ORDER))
+        return "loader" in path.stem, place, path.stem
 
     return [str(path.relative_to(ROOT)) for path in sorted(marked, key=rank)]
 
