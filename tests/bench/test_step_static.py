@@ -138,6 +138,8 @@ def count_all() -> dict[str, dict[str, Any]]:
             if hasattr(inductor_options, name):
                 switched_off.enter_context(patch.object(inductor_options, name, lambda: lambda graph: None))
         records["mutants"] = count(CASES[PLAIN], archs=(), trace=cast_one_by_one(plain))
+    with patch.object(inductor_options, "MergeEqualNodes", lambda: lambda graph: None):
+        records["unmerged"] = count(CASES["ViT-B/16"], archs=(), trace=first)
     return records
 
 
@@ -160,6 +162,13 @@ def test_a_worse_step_is_over_its_budget(records: dict[str, dict[str, Any]], nam
     excesses = over_budget(records["mutants"], BUDGETS[PLAIN])
     assert [excess for excess in excesses if excess.startswith(f"{MUTANTS[name]} ")], excesses
     assert {"launches", "gb"} <= {excess.split()[0] for excess in excesses}
+
+
+@pytest.mark.slow
+@NEEDS_INDUCTOR
+def test_equal_nodes_that_are_not_merged_live_at_the_peak(records: dict[str, dict[str, Any]]) -> None:
+    """A step with two pullbacks of one pass: each would keep its own normalised activations."""
+    assert [excess.split()[0] for excess in over_budget(records["unmerged"], BUDGETS["ViT-B/16"])] == ["peak_gb"]
 
 
 def materialised(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
