@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cammask_fast.api import (
-        Audit,
         Counterfactuals,
         FineTuned,
         Maps,
-        MapScores,
         Model,
         Scores,
         audit,
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Audit", "Counterfactuals", "FineTuned", "MapScores", "Maps", "Model", "Scores",
+    "Counterfactuals", "FineTuned", "Maps", "Model", "Scores",
     "audit", "cam", "cam_bench", "counterfactual", "evaluate", "export", "fine_tune", "load", "train_step",
 ]  # fmt: skip
 

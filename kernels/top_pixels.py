@@ -24,7 +24,7 @@ from .launch import Launch
 from .patch_select import divisor_of, order_key
 from .pixels import _bilinear, _store_channel, plan_pixels
 
-BLOCK, WARPS = 1024, 8
+BLOCK, WARPS = 1024, 16
 """Pixels that a program looks at together, and its warps."""
 TAKEN = ("out_ptr", "images_ptr", "donors_ptr", "first_ptr", "stride_image_n", "stride_image_channel", "stride_image_y",
          "stride_image_x", "stride_select_n", "stride_select_patch", "stride_donors_n", "stride_donors_patch", "count",

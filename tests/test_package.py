@@ -211,7 +211,7 @@ def test_help_and_the_import_of_the_package_import_nothing_from_outside() -> Non
 
 def test_the_front_door_is_a_dozen_documented_names() -> None:
     assert len(cammask_fast.__all__) <= 14
-    assert set(cammask_fast.__all__) == set(api.__all__)
+    assert set(cammask_fast.__all__) == set(api.__all__) - {"Audit", "MapScores"}, "results that a function returns"
     page = (ROOT / "docs/api.md").read_text()
     (members,) = re.findall(r"::: cammask_fast\.api\n    options:\n      members: \[(.*)\]", page)
     assert set(members.split(", ")) == set(api.__all__)

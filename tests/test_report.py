@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from bench.__main__ import main
@@ -150,7 +151,8 @@ def test_notes_and_boxes_of_a_gallery_stand_at_their_pictures() -> None:
     ]
     assert [len(axis.patches) for axis in axes] == [0, 0, 1, 0, 0, 0]
     (box,) = axes[2].patches
-    assert box.get_bbox().extents.tolist() == [7.5, 15.5, 23.5, 47.5]  # pixel centres are whole numbers
+    assert isinstance(box, Rectangle)
+    assert tuple(box.get_bbox().extents) == (7.5, 15.5, 23.5, 47.5)  # pixel centres are whole numbers
 
 
 def test_contact_sheet(tmp_path: Path) -> None:

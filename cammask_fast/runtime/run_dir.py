@@ -36,7 +36,7 @@ FORMER_VALUES = {"PlainLoader": "TorchLoader"}
 """Values in the settings of runs that version 0.1.0 began, and what they are called now."""
 SINCE_0_1_0 = ("train_images",)
 """Settings that runs of version 0.1.0 do not hold; there is nothing to compare them with."""
-DEFAULTS_BEFORE = {"cam_source": "student", "cam_every": 1, "teacher_outputs": "computed"}
+DEFAULTS_BEFORE = {"cam_source": "student", "cam_every": 1, "teacher_outputs": "computed", "cam_contrast": "none"}
 """Settings that earlier runs do not hold, and what they did."""
 NOTED = ("images",)
 """Settings whose change is a notice: with other images of the same classes a run can be resumed, but it is not the same run."""
