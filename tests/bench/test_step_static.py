@@ -70,6 +70,8 @@ BUDGETS: dict[str, dict[str, float]] = {
 """At 256 images: launches and bytes of all Triton kernels, Inductor's and ours, the peak of live storage, and gigabytes of
 Inductor's kernels by kind. Four of the launches (three without a mask) sum what a run logs of a step: scalars and an (N, P)
 map."""
+BARS = {"launches": 500, "gb": 125.0, "peak_gb": 17.0}
+"""Of the whole step in the records, Inductor's kernels and ours together."""
 BF16, FP32 = torch.bfloat16, torch.float32
 NOTHING: dict[str, Any] = {
     "triton_launches": 0, "custom_launches": 0, "triton_gb": 0.0, "custom_gb": 0.0, "peak_gb": 0.0, "square_tensors": 0,
@@ -322,6 +324,14 @@ def test_the_page_is_that_of_the_records(tmp_path: Path) -> None:
     assert {"triton_launches", "triton_gb", "peak_gb", "fp64_optimizer", "spills", "square_tensors", "tflop", "torch"} <= set(
         read(RECORDS)[-1]
     )
+
+
+def test_the_newest_count_of_the_whole_step_is_within_the_bars() -> None:
+    """All twelve layers, every kernel compiled for three GPUs."""
+    case = ("ViT-B/16", "masked-object", 12, 256)
+    *_, newest = (r for r in read(RECORDS) if (r["arch"], r["mode"], r["layers"], r["batch"]) == case)
+    assert over_budget({"recomputed_statistics": 0} | newest, BARS) == []
+    assert set(newest["registers"]) == {"sm_80", "sm_90", "sm_100"}
 
 
 def test_tables_show_new_kinds_and_uncompiled_steps() -> None:
