@@ -30,8 +30,8 @@ def files() -> list[str]:
     marked = [path for path in TESTS.rglob("test_*.py") if MARKED.search(path.read_text())]
 
     def rank(path: Path) -> tuple[bool, int, str]:
-        place = next((index for index, word in enumerate(ORDER) if word in path.stem), len(ORDER))
-        return "loader" in path.stem, place, path.stem
+        position = next((index for index, word in enumerate(ORDER) if word in path.stem), len(ORDER))
+        return "loader" in path.stem, position, path.stem
 
     return [str(path.relative_to(ROOT)) for path in sorted(marked, key=rank)]
 

@@ -65,8 +65,8 @@ def calibration_error(answers: Answers, labels: Tensor) -> float:
     """Expected calibration error in percent over 15 equal bins of confidence, as in `evaluate`. labels: int64 (N,)."""
     right = (answers.predicted == labels[:, None]).flatten().double()
     confidence = answers.confidence.flatten()
-    place = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-    gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, place, confidence - right)
+    bin_index = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bin_index, confidence - right)
     return 100.0 * float(gap.abs().sum()) / len(right)
 
 

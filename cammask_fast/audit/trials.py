@@ -132,8 +132,8 @@ def draw_other(labels_M: Tensor, groups_M: Tensor, audited: int, donors: int, ge
         own = (groups_M[:audited] == group).nonzero()[:, 0]
         others = (group_of_class != group).nonzero()[:, 0]
         chosen = others[_first(torch.rand(len(own), len(others), generator=generator), len(others), donors)]
-        place = (torch.rand(chosen.shape, generator=generator) * counts[chosen]).long()
-        drawn[own] = by_class[first[chosen] + place]
+        offset = (torch.rand(chosen.shape, generator=generator) * counts[chosen]).long()
+        drawn[own] = by_class[first[chosen] + offset]
     return drawn
 
 
@@ -212,7 +212,7 @@ class Trials:
             dtype: of the pixels.
 
         Yields:
-            The chunk's place among the N images, and normalised pixels (n, 3, H, W) on the pool's device.
+            The chunk's position among the N images, and normalised pixels (n, 3, H, W) on the pool's device.
         """
         pool, device = self.pool, self.pool.device
         mask = self.masks[test].to(device)
@@ -276,10 +276,10 @@ def build_trials(
     same = draw_same(own_groups, count, donors, generator)
     other = draw_other(labels, own_groups, count, donors, generator)
     own = masks[:count]
-    places = torch.rand(own.shape, generator=generator).argsort(1).argsort(1)
+    order = torch.rand(own.shape, generator=generator).argsort(1).argsort(1)
     filled = {
         "clean": torch.zeros_like(own), "same_context": ~own, "other_context": ~own, "object_filled": own,
-        "random_filled": places < own.sum(1, keepdim=True),
+        "random_filled": order < own.sum(1, keepdim=True),
     }  # fmt: skip
     of_test = {"same_context": same, "other_context": other, "object_filled": same, "random_filled": same}
     return Trials(

@@ -41,12 +41,12 @@ def area_under(curve: Tensor) -> Tensor:
 
 
 def pixel_order(map_NHW: Tensor, *, lowest_first: bool = False) -> Tensor:
-    """The place of each pixel in the order of the map, int64 (N, H, W): 0 for the highest, or the lowest; ties in the order of
+    """The rank of each pixel in the order of the map, int64 (N, H, W): 0 for the highest, or the lowest; ties in the order of
     the pixels."""
     flat = map_NHW.flatten(1)
     order = flat.argsort(dim=1, descending=not lowest_first, stable=True)
-    places = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places).view(map_NHW.shape)
+    ranks = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks).view(map_NHW.shape)
 
 
 def probability(logits: Tensor, labels: Tensor) -> Tensor:
@@ -78,11 +78,11 @@ def insertion_deletion(
     if steps < 1:
         raise ValueError(f"steps: expected 1 or more, got {steps}")
     per_step = -(-count // steps)
-    place = pixel_order(map_NHW)[:, None]
+    rank = pixel_order(map_NHW)[:, None]
     blurred, mean = blur(pixels), torch.zeros_like(pixels)
     curves: tuple[list[Tensor], list[Tensor]] = ([], [])
     for step in range(-(-count // per_step) + 1):
-        changed = place < step * per_step
+        changed = rank < step * per_step
         for curve, before, after in zip(curves, (blurred, pixels), (pixels, mean), strict=True):
             curve.append(probability(logits_of(torch.where(changed, after, before)), labels))
     return Curves(*(torch.stack(curve, 1) for curve in curves))
@@ -129,12 +129,12 @@ def perturbed_accuracy(
     Returns:
         bool (N, percents); the mean of `area_under` over images is the figure that is compared.
     """
-    place = pixel_order(map_NHW, lowest_first=lowest_first)[:, None]
+    rank = pixel_order(map_NHW, lowest_first=lowest_first)[:, None]
     black = normalise(torch.zeros(1, 1, 1, 3, dtype=torch.uint8, device=pixels.device), dtype=pixels.dtype)
     count = map_NHW[0].numel()
     found = []
     for percent in percents:
-        logits = logits_of(torch.where(place < count * percent // 100, black, pixels))
+        logits = logits_of(torch.where(rank < count * percent // 100, black, pixels))
         found.append(logits.argmax(1) == labels)
     return torch.stack(found, 1)
 

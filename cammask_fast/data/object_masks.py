@@ -81,10 +81,10 @@ def read_masks(folder: Path, loader: AnyLoader, sample_ids: Sequence[int]) -> Te
     of_path = {str(path.relative_to(folder).with_suffix("")): path for path in photographs_of([folder])}
     masks, missing = torch.zeros(len(sample_ids), size, size), list[str]()
     for row, index in enumerate(sample_ids):
-        places = places_of(source, index)
-        path = next((of_path[place] for place in places if place in of_path), None)
+        paths = mask_paths_of(source, index)
+        path = next((of_path[one] for one in paths if one in of_path), None)
         if path is None:
-            missing.append(places[0])
+            missing.append(paths[0])
         else:
             masks[row] = _coverage(path, source, index, loader.transform)
     if len(missing) == len(sample_ids):
@@ -94,7 +94,7 @@ def read_masks(folder: Path, loader: AnyLoader, sample_ids: Sequence[int]) -> Te
     return masks
 
 
-def places_of(source: ImageSource, index: int) -> list[str]:
+def mask_paths_of(source: ImageSource, index: int) -> list[str]:
     """Where the mask of an image may lie below the masks' folder, without its last suffix."""
     files: Sequence[str] = source.files if hasattr(source, "files") else getattr(source, "keys", ())
     name, root = Path(files[index]), Path(source.where).name

@@ -147,10 +147,10 @@ def chart(audited: Audited) -> list[Picture]:
         values = [found.classes[name].reliance[CONTEXT] for name in names]
         middle = [one.value or 0.0 for one in values]
         bounds = [one.bounds() or [value, value] for one, value in zip(values, middle, strict=True)]
-        places = [row + (number - (len(audited.names) - 1) / 2) * 0.3 for row in range(len(names))]
+        heights = [row + (number - (len(audited.names) - 1) / 2) * 0.3 for row in range(len(names))]
         errors = [[max(0.0, m - b[0]) for m, b in zip(middle, bounds, strict=True)]]
         errors.append([max(0.0, b[1] - m) for m, b in zip(middle, bounds, strict=True)])
-        axis.errorbar(middle, places, xerr=errors, fmt="o", markersize=4, capsize=2, lw=1, label=_plain(model, 40))
+        axis.errorbar(middle, heights, xerr=errors, fmt="o", markersize=4, capsize=2, lw=1, label=_plain(model, 40))
     axis.axvline(0, color="0.6", lw=0.8)
     axis.set_yticks(range(len(names)), [_plain(name, 30) for name in names], fontsize=8)
     axis.invert_yaxis()
@@ -172,8 +172,8 @@ def worst_pictures(audited: Audited) -> list[WorstClass]:
         lost = answers["clean"].truth[rows] - answers["other_context"].truth[rows]  # (n, D)
         draw = lost.max(1).indices
         pictures = []
-        for place in lost.max(1).values.argsort(descending=True, stable=True)[:SHOWN_IMAGES].tolist():
-            image, which = int(rows[place]), int(draw[place])
+        for at in lost.max(1).values.argsort(descending=True, stable=True)[:SHOWN_IMAGES].tolist():
+            image, which = int(rows[at]), int(draw[at])
             donor = names[int(trials.donor_labels("other_context")[image, which])]
             taken = names[int(answers["other_context"].predicted[image, which])]
             sure = 100 * float(answers["other_context"].confidence[image, which])

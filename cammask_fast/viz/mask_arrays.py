@@ -24,7 +24,7 @@ class MaskArrays:
 
     `photographs`, `prompts`: (R,) texts. `strategies`: (K,) texts. `donor_photographs`: (M,) texts. `map`: float32 (R, G, G),
     not normalised. `image`: uint8 (R, S, S, 3), what the model sees. `mask`: bool (R, K, G, G). `counterfactual`: uint8
-    (R, K, S, S, 3). `donors`: int32 (R, K, G, G), per masked patch the place in `donor_photographs`, else -1.
+    (R, K, S, S, 3). `donors`: int32 (R, K, G, G), per masked patch the index in `donor_photographs`, else -1.
 
     Used as a context, which writes the file at its end unless an error ends it.
     """
@@ -54,8 +54,8 @@ class MaskArrays:
         self.texts["photographs"].append(str(row.photograph.path))
         self.texts["prompts"].append(row.prompt)
         known = [self.donors.setdefault(str(pool[i].path), len(self.donors)) if i >= 0 else -1 for i in self._used(made)]
-        places = dict(zip(self._used(made), known, strict=True))
-        donors = [[[places[i] for i in line] for line in one.donors.tolist()] for one in made]
+        index_of = dict(zip(self._used(made), known, strict=True))
+        donors = [[[index_of[i] for i in line] for line in one.donors.tolist()] for one in made]
         self._append("map", row.relevance.numpy())
         self._append("image", row.photograph.seen.numpy())
         self._append("mask", np.stack([one.mask.numpy() for one in made]))

@@ -104,14 +104,14 @@ def mask_photographs(
     unread: list[Path] = []
     with ExitStack() as stack:
         arrays = None if outputs.npz is None else stack.enter_context(MaskArrays(outputs.npz))
-        for place in range(0, len(photographs), chunk):
-            found, missing = read_photographs(photographs[place : place + chunk], size=size, shown=shown)
+        for start in range(0, len(photographs), chunk):
+            found, missing = read_photographs(photographs[start : start + chunk], size=size, shown=shown)
             unread += missing
             if not found:
                 continue
             more = given
             if not given and fills and len(photographs) > chunk:
-                outside = [*photographs[:place], *photographs[place + chunk :]]
+                outside = [*photographs[:start], *photographs[start + chunk :]]
                 more = read_photographs(_spread(outside, min(MAX_DONORS, chunk)), size=size, shown=shown)[0]
             images = [*found, *more]
             if len(images) < 2 and fills:
